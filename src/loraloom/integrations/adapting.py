@@ -1,0 +1,72 @@
+"""A fresh adapter on a live model, for as long as it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def training(
+    model: nn.Module,
+    *,
+    kind: str = "lora",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+    base_name: str = "",
+) -> Iterator[Any]:
+    """Attach a new adapter and yield the PeftModel; on leaving, the base is bare again, its weights untouched.
+
+    The start of the adapter is a function of ``seed`` alone; the global random stream is left as it was.
+
+    Args:
+        model: the frozen base.
+        kind: ``lora``, ``rslora``, ``dora`` or ``hira`` (HiRA has no alpha).
+        rank: r.
+        alpha: the update is scaled by alpha / r, for rsLoRA by alpha / sqrt(r).
+        dropout: of the adapters' input.
+        target_modules: names, or ``all-linear``.
+        seed: of the adapter's random start.
+        base_name: written into the adapter's configuration.
+
+    Raises:
+        ValueError: no module of the model has such a name.
+    """
+    from peft import HiraConfig, LoraConfig, get_peft_model
+
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if kind == "hira":
+        config: Any = HiraConfig(r=rank, target_modules=targets, hira_dropout=dropout)
+    else:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            use_rslora=kind == "rslora",
+            use_dora=kind == "dora",
+        )
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    if base_name:
+        adapted.peft_config["default"].base_model_name_or_path = base_name
+    was_training = model.training
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        model.train(was_training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+        for leftover in ("peft_config", "active_peft_config"):
+            if hasattr(model, leftover):
+                delattr(model, leftover)

@@ -1,0 +1,78 @@
+"""Pretrained models through ``from_pretrained``: which class, which processor, which layers to adapt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraloom.models import models, resolve
+
+FAMILIES = ("causal", "encoder", "vision")
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen pretrained model and what turns its inputs into tensors.
+
+    Attributes:
+        model: on the CPU, in eval mode, without gradients.
+        name: as the user gave it.
+        family: ``causal``, ``encoder`` or ``vision``.
+        processor: a tokenizer, or a mapping with ``image_mean`` and ``image_std`` for vision models.
+    """
+
+    model: nn.Module
+    name: str
+    family: str
+    processor: Any
+
+
+def load_backbone(name: str, *, family: str | None = None, dtype: str = "float32") -> Backbone:
+    """Load a model by bundled name, local folder or hub id.
+
+    Raises:
+        ValueError: the family is not known and cannot be told from the configuration, or the folder is no model.
+        FileNotFoundError: a path without a folder.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name}: not a model folder, a hub id or one of {', '.join(models)} ({_first(error)})") from None
+    family = family or _family(name, config)
+    if family not in FAMILIES:
+        raise ValueError(f"model {name}: family {family!r} has no score here; allowed: {', '.join(FAMILIES)}")
+    loader = AutoModelForCausalLM if family == "causal" else AutoModel
+    model = loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    processor = _image_statistics(source) if family == "vision" else AutoTokenizer.from_pretrained(source)
+    return Backbone(model, name, family, processor)
+
+
+def _family(name: str, config: Any) -> str:
+    if name in models:
+        return str(models[name].facts["family"])
+    if any("CausalLM" in architecture for architecture in config.architectures or ()):
+        return "causal"
+    return "vision" if hasattr(config, "num_channels") and not hasattr(config, "vocab_size") else "encoder"
+
+
+def _image_statistics(source: str) -> Mapping[str, Any]:
+    """Mean and deviation of pixels; read from the file, since the processor classes need torchvision."""
+    file = Path(source) / "preprocessor_config.json"
+    if not file.exists():
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(source, file.name))
+    return json.loads(file.read_text())
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:160]

@@ -1,0 +1,158 @@
+"""Checkpoints that a kill cannot tear: sealed when they are whole, and told from torn ones by the seal.
+
+HF Trainer writes a ``checkpoint-N`` folder file by file. A run that is killed in between leaves a folder that looks
+like a checkpoint, and ``resume_from_checkpoint=True`` takes it. A *seal* is one small file with the size and SHA-256 of
+each file of the folder, written last and at once: a folder without a seal, or one that does not keep it, is torn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+SEAL = "complete.json"
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+def seal(folder: str | Path) -> None:
+    """Bring every file of ``folder`` to the disk, then write the seal in one step.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "weights").write_bytes(b"1234")
+        >>> is_whole(folder), seal(folder), is_whole(folder)
+        (False, None, True)
+        >>> _ = (folder / "weights").write_bytes(b"12")
+        >>> is_whole(folder)
+        False
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder to seal at {folder}")
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(SEAL):
+            _sync(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    draft = folder / f"{SEAL}.draft"
+    draft.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync(draft)
+    draft.replace(folder / SEAL)
+    _sync(folder)
+    _sync(folder.parent)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether ``folder`` has a seal, and each file named there still has its size and hash; others do not matter."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
+            for name, entry in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # unreadable is torn too
+        return False
+
+
+def last_complete(output: str | Path) -> Path | None:
+    """The newest whole checkpoint in a Trainer's output folder, or None; torn ones are passed over and left alone.
+
+    Example:
+        >>> last_complete("no/such/run") is None
+        True
+    """
+    return next((folder for folder in reversed(_checkpoints(output)) if is_whole(folder)), None)
+
+
+def remove_torn(output: str | Path) -> list[Path]:
+    """Delete the checkpoints that are not whole, and return their paths.
+
+    For output folders of runs with :class:`SafeCheckpoints` only: a checkpoint that was never sealed counts as torn.
+    """
+    torn = [folder for folder in _checkpoints(output) if not is_whole(folder)]
+    for folder in torn:
+        _remove(folder)
+    return torn
+
+
+class SafeCheckpoints(TrainerCallback):
+    """Seal each checkpoint of an HF Trainer once it is whole; resume from ``last_complete(output_dir)``.
+
+    ``save_total_limit`` is kept by this callback and not by the Trainer, which deletes old checkpoints before the new
+    one is sealed: with a limit of 1 a kill at that moment would leave nothing. Here the old one goes afterwards. A
+    checkpoint is only written on the main process; the others wait for it.
+
+    Example:
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SafeCheckpoints()])
+        remove_torn(args.output_dir)
+        trainer.train(resume_from_checkpoint=last_complete(args.output_dir))
+    """
+
+    def __init__(self) -> None:
+        self._keep: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the rotation from the Trainer."""
+        if args.save_total_limit:
+            self._keep, args.save_total_limit = args.save_total_limit, None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the rotation back."""
+        args.save_total_limit = self._keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal what was just saved, then delete what is older than the limit allows."""
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()  # each process has written its own random state by then
+        if not args.should_save:
+            return
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal(newest)
+        if self._keep:
+            best = state.best_model_checkpoint
+            protected = [newest, *([Path(best)] if best and Path(best) != newest else [])]
+            sealed = [folder for folder in _checkpoints(args.output_dir) if (folder / SEAL).exists()]
+            spare = [folder for folder in sealed if folder not in protected]
+            for folder in spare[: max(len(sealed) - max(self._keep, len(protected)), 0)]:
+                _remove(folder)
+
+
+def _checkpoints(output: str | Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    output = Path(output)
+    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its seal first: if we are killed on the way, the rest is known to be torn."""
+    (folder / SEAL).unlink(missing_ok=True)
+    _sync(folder)
+    shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

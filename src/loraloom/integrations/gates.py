@@ -1,0 +1,207 @@
+"""Gates on a model's PEFT layers: units are switched by the tuner's own disabled path, whatever the tuner.
+
+A closed gate costs nothing in forward and leaves no gradient; ``requires_grad`` is never touched and no weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from torch import nn
+
+from loraloom.adapter import UnsupportedKind
+from loraloom.strategies import Strategy
+from loraloom.strategies.units import base_path, group
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+# Layers that are off because a gate is closed, and not because the user disabled their adapters.
+_closed: WeakSet[nn.Module] = WeakSet()
+
+# Wrappers put themselves into the path of a module; these are none of the model's own names.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+_NOT_BY_LAYER = {
+    "XLoraModel": "X-LoRA mixes its experts with a classifier over the whole model and re-enables all layers in forward",
+    "ShadowLayer": "ShadowPEFT passes one shadow state through all layers, so that none can be switched by itself",
+}
+
+
+class Gates:
+    """The switches of one model, a gate a unit.
+
+    A layer whose adapters the user had disabled stays so whatever the gates do. Layers inside another tuner's layer (as
+    PEFT nests them for MoE parameters) go with the outermost. Modules that PEFT saves whole (``modules_to_save``,
+    ``trainable_token_indices``) are no adapters and have no gate.
+
+    Args:
+        model: a PEFT model, or any model with PEFT layers in it, wrapped (DDP, torch.compile) or not.
+        unit: what is switched together (``strategies.units.group``).
+
+    Attributes:
+        units: unit names in order.
+        modules: module paths in the base model, by unit.
+
+    Raises:
+        ValueError: the model has no PEFT layers, or ``unit`` matches none.
+        UnsupportedKind: the adapter's layers cannot be switched one by one, or are merged into the base.
+    """
+
+    def __init__(self, model: nn.Module, unit: str = "layer") -> None:
+        self._layers = _tuner_layers(model)
+        if not self._layers:
+            raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers to switch; add an adapter first")
+        self._refuse_merged()
+        self.modules = group(self._layers, unit)
+        self.units = tuple(self.modules)
+        self._found_dropout = {drop: drop.p for drop in self._dropouts()}
+
+    def set(self, active: Sequence[bool]) -> None:
+        """Open the gates of the units that are active, close all others.
+
+        Raises:
+            ValueError: not one truth value a unit.
+            UnsupportedKind: a layer has been merged since.
+        """
+        if len(active) != len(self.units):
+            raise ValueError(f"{len(active)} values for {len(self.units)} units ({self.units[0]}, ...); give one each")
+        self._refuse_merged()
+        for unit, on in zip(self.units, active, strict=True):
+            for name in self.modules[unit]:
+                for layer in self._layers[name]:
+                    (_open if on else _close)(layer)
+
+    def open(self) -> None:
+        """All gates open and every input dropout as it was when these gates were made."""
+        for layers in self._layers.values():
+            for layer in layers:
+                _open(layer)
+        for drop, p in self._found_dropout.items():
+            drop.p = p
+
+    def state(self) -> tuple[bool, ...]:
+        """For every unit whether all of its adapters take part in forward (false too where the user disabled one)."""
+        return tuple(
+            not any(layer.disable_adapters for name in self.modules[unit] for layer in self._layers[name])
+            for unit in self.units
+        )
+
+    def set_dropout(self, p: float) -> None:
+        """Give every adapter's input dropout the probability ``p``, in [0, 1).
+
+        Raises:
+            ValueError: ``p`` is out of range, or there is no dropout: PEFT makes none when its probability is 0.
+        """
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {p!r}")
+        dropouts = self._dropouts()
+        if not dropouts:
+            raise ValueError(
+                "the adapter has no input dropout to set: make it with a dropout above 0 (lora_dropout=0.1)"
+            )
+        for drop in dropouts:
+            drop.p = p
+
+    def parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The trainable adapter parameters of each unit, for gradient norms by unit.
+
+        Parameters that several units share (VeRA, VB-LoRA and the like) are listed in each of them.
+        """
+        found = {}
+        for unit, names in self.modules.items():
+            layers = [layer for name in names for layer in self._layers[name]]
+            parts = [getattr(layer, part) for layer in layers for part in layer.adapter_layer_names]
+            weights = [w for part in parts if isinstance(part, nn.Module) for w in part.parameters() if w.requires_grad]
+            found[unit] = tuple(dict.fromkeys(weights))
+        return found
+
+    def _dropouts(self) -> list[nn.Dropout]:
+        """Input dropouts of all layers: tuners keep them in ``<tuner>_dropout``, one an adapter."""
+        found = []
+        for layers in self._layers.values():
+            for layer in layers:
+                for name, part in layer.named_children():
+                    if name.endswith("_dropout") and isinstance(part, nn.ModuleDict):
+                        found += [drop for drop in part.values() if isinstance(drop, nn.Dropout)]
+        return found
+
+    def _refuse_merged(self) -> None:
+        for name, layers in self._layers.items():
+            if any(layer.merged for layer in layers):
+                raise UnsupportedKind(
+                    f"the adapter of {name} is merged into the base weights and cannot be switched; unmerge it first"
+                )
+
+
+@contextmanager
+def applied(plan: Strategy, model: nn.Module, step: int) -> Iterator[Gates]:
+    """The model in the state that ``plan`` has for ``step`` inside, exactly as before afterwards (also when nested).
+
+    Raises:
+        ValueError: the model has no PEFT layers, or ``plan`` cannot be carried out on them.
+    """
+    gates = Gates(model, plan.unit)
+    layers = [layer for some in gates._layers.values() for layer in some]
+    closed = [layer in _closed for layer in layers]
+    try:
+        plan.apply(gates, step)
+        yield gates
+    finally:
+        gates.open()
+        for layer, was_closed in zip(layers, closed, strict=True):
+            if was_closed:
+                _close(layer)
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Give the input dropout of every adapter in ``model`` the probability ``p``, in [0, 1).
+
+    Raises:
+        ValueError: ``p`` is out of range, or the model has no PEFT layers with dropout.
+    """
+    Gates(model).set_dropout(p)
+
+
+def _close(layer: BaseTunerLayer) -> None:
+    # enable_adapters() would also freeze the weights, and the optimizer then has parameters that come and go
+    if not layer._disable_adapters:
+        layer._disable_adapters = True
+        _closed.add(layer)
+
+
+def _open(layer: BaseTunerLayer) -> None:
+    if layer in _closed:
+        layer._disable_adapters = False
+        _closed.discard(layer)
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, list[BaseTunerLayer]]:
+    """PEFT layers by module path in the base model; those inside another one stand under the outermost."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, list[BaseTunerLayer]] = {}
+    seen: dict[nn.Module, None] = {}
+
+    def walk(module: nn.Module, parts: tuple[str, ...], owner: str | None) -> None:
+        if module in seen or isinstance(module, AuxiliaryTrainingWrapper):
+            return
+        seen[module] = None
+        why = _NOT_BY_LAYER.get(type(module).__name__)
+        if why is not None:
+            raise UnsupportedKind(f"adapters of {type(module).__name__} cannot be switched by layer: {why}")
+        if isinstance(module, BaseTunerLayer):
+            owner = owner if owner is not None else base_path(".".join(parts))
+            found.setdefault(owner, []).append(module)
+        for name, child in module.named_children():
+            walk(child, parts if name in _WRAPPERS else (*parts, name), owner)
+
+    root = model
+    while [name for name, _ in root.named_children()] == ["module"]:  # DDP and its like
+        root = root.get_submodule("module")
+    walk(root, (), None)
+    return found

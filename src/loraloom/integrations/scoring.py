@@ -1,0 +1,294 @@
+"""Scores: one pretrained model and one task, asked the same question with every adapter.
+
+Adapters of different seeds and tasks can only be compared, averaged and pruned when nothing but the adapter differs, so
+the head is never trained with it. A causal model scores each choice by the log-likelihood of its text. An encoder
+compares its features with fixed prototypes: the mean direction of each label's frozen features, computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraloom.adapter import Adapter
+from loraloom.integrations.peft import attached
+from loraloom.models import models, resolve
+from loraloom.tasks import Example, Task, load_task
+from loraloom.tasks.metrics import Estimate, accuracy
+
+TEMPERATURE = 1 / 16  # of the cosine logits of prototype heads; 16 is high enough to fit, low enough to keep a gradient
+PROTOTYPE_EXAMPLES = 1000  # at most so many training examples make the prototypes
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of one adapter on one task, with the outcome of every example for paired comparisons."""
+
+    task: str
+    split: str
+    estimate: Estimate
+    correct: tuple[bool, ...]
+
+    @property
+    def value(self) -> float:
+        """The accuracy."""
+        return self.estimate.value
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task": self.task, "split": self.split, **self.estimate.to_json()}
+
+
+@dataclass(frozen=True, eq=False)
+class Prototypes:
+    """A fixed linear head on features: ``logits = cos(feature - centre, direction of the label) / temperature``.
+
+    Attributes:
+        centre: mean of the frozen features, (width,).
+        directions: unit vectors, labels x width.
+        pool: ``cls`` (first token) or ``mean`` (over unmasked tokens).
+    """
+
+    centre: Tensor
+    directions: Tensor
+    pool: str
+
+    def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Batch x tokens x width -> batch x width."""
+        if self.pool == "cls":
+            return hidden[:, 0]
+        if mask is None:
+            return hidden.mean(1)
+        weight = mask[..., None].to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Batch x width -> batch x labels."""
+        centred = F.normalize(features.float() - self.centre, dim=-1)
+        return centred @ self.directions.T / TEMPERATURE
+
+
+def fit_prototypes(features: Tensor, labels: Tensor, classes: int, pool: str) -> Prototypes:
+    """Prototypes from frozen features (n x width) and their labels (n).
+
+    Raises:
+        ValueError: a label has no example.
+
+    Example:
+        >>> head = fit_prototypes(torch.eye(2), torch.tensor([0, 1]), classes=2, pool="cls")
+        >>> head.logits(torch.tensor([[5.0, 0.0]])).argmax().item()
+        0
+    """
+    missing = sorted(set(range(classes)) - set(labels.tolist()))
+    if missing:
+        raise ValueError(f"labels {missing} have no training example, so they have no prototype")
+    features = features.float()
+    centre = features.mean(0)
+    unit = F.normalize(features - centre, dim=-1)
+    means = torch.stack([unit[labels == label].mean(0) for label in range(classes)])
+    return Prototypes(centre, F.normalize(means, dim=-1), pool)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A pretrained model set up for a task: examples to batches, outputs to a loss and to choices.
+
+    Attributes:
+        model: the frozen base; adapters are attached to it and taken off again.
+        name: the model as the user gave it.
+        task: the task.
+        family: ``causal``, ``encoder`` or ``vision``.
+        processor: tokenizer, or the mean and deviation of pixels.
+        image_size: pixels a side that images are resized to.
+        max_length: tokens that text is cut to.
+    """
+
+    model: nn.Module
+    name: str
+    task: Task
+    family: str
+    processor: Any
+    image_size: int = 224
+    max_length: int = 128
+
+    # --- examples to batches -------------------------------------------------------------------------------------
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A training batch: model inputs and ``labels``."""
+        if self.family == "causal":
+            return self._pairs([(example, example.label) for example in examples])
+        batch = self._inputs(examples)
+        return {**batch, "labels": torch.tensor([example.label for example in examples])}
+
+    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        if self.family == "vision":
+            return {"pixel_values": pixels([example.content for example in examples], self.image_size, self.processor)}
+        texts = [str(example.content) for example in examples]
+        return dict(self.processor(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"))
+
+    def _pairs(self, pairs: Sequence[tuple[Example, int]]) -> dict[str, Tensor]:
+        """Prompts with the text of one choice each; labels are -100 but on the choice's tokens."""
+        rows = []
+        for example, choice in pairs:
+            answer = self.processor(" " + example.choices[choice], add_special_tokens=False)["input_ids"]
+            text = self.task.prompt.format(content=example.content)
+            prompt = self.processor(text, truncation=True, max_length=self.max_length - len(answer))["input_ids"]
+            rows.append((prompt, answer))
+        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids = torch.full((len(rows), length), self.processor.pad_token_id or 0)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for row, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : end] = torch.tensor(answer)
+            mask[row, :end] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    # --- outputs to losses and choices ---------------------------------------------------------------------------
+
+    @cached_property
+    def head(self) -> Prototypes:
+        """The fixed head of an encoder, from the frozen features of the first training examples."""
+        if not self.task.labels:
+            raise ValueError(
+                f"task {self.task.name}: its choices differ by example, which needs a causal model; {self.name} is not one"
+            )
+        examples = list(self.task.splits["train"])[:PROTOTYPE_EXAMPLES]
+        pool = _pool(self.name, self.family)
+        blank = Prototypes(torch.zeros(1), torch.zeros(1, 1), pool)
+        features = torch.cat([self._features(self.model, batch, blank) for batch in self._batches(examples)])
+        return fit_prototypes(features, torch.tensor([e.label for e in examples]), len(self.task.labels), pool)
+
+    @property
+    def loss(self) -> Callable[..., Tensor] | None:
+        """``(outputs, labels, num_items_in_batch) -> loss`` for encoders; None where the model has its own."""
+        if self.family == "causal":
+            return None
+        head = self.head
+
+        def prototype_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            features = head.features(outputs.last_hidden_state, outputs.get("attention_mask"))
+            summed = F.cross_entropy(head.logits(features), labels, reduction="sum")
+            return summed / (num_items_in_batch if num_items_in_batch is not None else len(labels))
+
+        return prototype_loss
+
+    def _features(self, model: nn.Module, batch: dict[str, Tensor], head: Prototypes) -> Tensor:
+        with torch.inference_mode():
+            hidden = model(**batch).last_hidden_state
+        return head.features(hidden, batch.get("attention_mask"))
+
+    def _batches(self, examples: Sequence[Example], size: int = 64) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(examples), size):
+            yield self._inputs(examples[start : start + size])
+
+    def choose(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
+        """The chosen label of every example, (n,)."""
+        if self.family == "causal":
+            return np.concatenate([self._most_likely(model, chunk) for chunk in _chunks(examples, 16)])
+        logits = [self.head.logits(self._features(model, batch, self.head)) for batch in self._batches(examples)]
+        return torch.cat(logits).argmax(-1).numpy()
+
+    def _most_likely(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
+        """Choice with the highest mean log-likelihood per token."""
+        pairs = [(example, choice) for example in examples for choice in range(len(example.choices))]
+        batch = self._pairs(pairs)
+        labels = batch.pop("labels")[:, 1:]
+        with torch.inference_mode():
+            logits = model(**batch).logits[:, :-1].float()
+        kept = labels >= 0
+        token = -F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+        means = ((token * kept).sum(1) / kept.sum(1)).tolist()
+        chosen, start = [], 0
+        for example in examples:
+            end = start + len(example.choices)
+            chosen.append(int(np.argmax(means[start:end])))
+            start = end
+        return np.array(chosen)
+
+    # --- scores --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, adapter: Adapter | None, split: str = "test", limit: int | None = None) -> Evaluation:
+        """Accuracy of the base with ``adapter`` (None: the base alone) on a split, with its interval."""
+        examples = list(self.task.splits[split])[:limit]
+        with attached(self.model, adapter) as model:
+            training = model.training
+            model.eval()
+            chosen = self.choose(model, examples)
+            model.train(training)
+        correct = chosen == np.array([example.label for example in examples])
+        return Evaluation(self.task.name, split, accuracy(correct), tuple(bool(c) for c in correct))
+
+
+def pixels(images: Sequence[Any], size: int, stats: Mapping[str, Sequence[float]]) -> Tensor:
+    """Images (uint8, H x W x 3) resized, scaled to [0, 1] and normalised: n x 3 x size x size, float32."""
+    from PIL import Image
+
+    mean, std = np.asarray(stats["image_mean"], np.float32), np.asarray(stats["image_std"], np.float32)
+    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
+    stacked = np.stack([np.asarray(image, np.float32) for image in resized]) / 255
+    return torch.from_numpy(np.ascontiguousarray(((stacked - mean) / std).transpose(0, 3, 1, 2), np.float32))
+
+
+def bench(
+    model: str | nn.Module,
+    task: str | Task,
+    *,
+    family: str | None = None,
+    image_size: int = 224,
+    max_length: int = 128,
+    dtype: str = "float32",
+    train_limit: int | None = None,
+) -> Bench:
+    """Load a model and a task and set them up for each other.
+
+    Args:
+        model: a bundled name, a hub id, a local folder, or a bundled name's live model.
+        task: a task or its name.
+        family: ``causal``, ``encoder`` or ``vision``; by default what the model's configuration says.
+        image_size: pixels a side for vision models.
+        max_length: tokens for text models.
+        dtype: of the frozen weights.
+        train_limit: at most so many training examples.
+    """
+    from loraloom.integrations.backbones import load_backbone
+
+    made = load_task(task, limit=train_limit) if isinstance(task, str) else task
+    backbone = load_backbone(model, family=family, dtype=dtype)
+    expected = "image" if backbone.family == "vision" else "text"
+    if made.modality != expected:
+        raise ValueError(f"task {made.name} is of {made.modality}s; model {backbone.name} ({backbone.family}) takes {expected}s")
+    return Bench(backbone.model, backbone.name, made, backbone.family, backbone.processor, image_size, max_length)
+
+
+def score(
+    model: str | nn.Module, task: str | Task, *, split: str = "test", limit: int | None = None, **options: Any
+) -> Callable[[Adapter | None], float]:
+    """A score for analyses: a function from an adapter (None: the base) to accuracy on a task.
+
+    The model is loaded once; each call attaches the adapter, evaluates and takes it off. ``options`` are those of
+    ``bench``.
+    """
+    made = bench(model, task, **options)
+    return lambda adapter: made.evaluate(adapter, split, limit).value
+
+
+def _pool(name: str, family: str) -> str:
+    if name in models and "pool" in models[name].facts:
+        return str(models[name].facts["pool"])
+    return "cls" if family == "vision" else "mean"
+
+
+def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+__all__ = ["Bench", "Evaluation", "Prototypes", "bench", "fit_prototypes", "pixels", "resolve", "score"]

@@ -1,0 +1,362 @@
+"""A run described in YAML: parsed into typed, validated values, then trained into an adapter folder.
+
+    model: vit-s14
+    task: digits
+    output: runs/coto-0
+    seed: 0
+    strategy: {name: coto}
+    train: {steps: 240, learning_rate: 2.5e-3}
+
+A wrong key or an impossible value is one line that names the key, what is allowed and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from loraloom.adapter import Adapter
+from loraloom.registry import edge
+from loraloom.store import load, save
+from loraloom.strategies.dropout import ProgressiveDropout
+from loraloom.strategies.progressive import CoTo
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterRecipe(_Strict):
+    """Which adapter is trained; sizes as PEFT names them."""
+
+    kind: Literal["lora", "rslora", "dora", "hira"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class PlainRecipe(_Strict):
+    """Every adapter in every step."""
+
+    name: Literal["none"] = "none"
+
+
+class CoToRecipe(_Strict):
+    """CoTo; see `loraloom.CoTo` for the meaning of each key."""
+
+    name: Literal["coto"]
+    ramp: Share = 0.75
+    start: Share = 0.0
+    curve: str = "linear"
+    unit: str = "layer"
+    nesting: Literal["uniform", "high-to-low", "low-to-high"] = "uniform"
+
+
+class StochasticDepthRecipe(_Strict):
+    """Each unit takes part with the same probability in the whole run."""
+
+    name: Literal["stochastic-depth"]
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    unit: str = "layer"
+
+
+class ProgressiveDropoutRecipe(_Strict):
+    """The adapters' input dropout falls to ``end`` over the ramp."""
+
+    name: Literal["progressive-dropout"]
+    end: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ramp: Share = 0.75
+
+
+StrategyRecipe = Annotated[
+    PlainRecipe | CoToRecipe | StochasticDepthRecipe | ProgressiveDropoutRecipe, Field(discriminator="name")
+]
+
+
+class TrainRecipe(_Strict):
+    """Optimisation: AdamW; one step is one optimizer step of ``batch_size * accumulate`` examples."""
+
+    steps: Annotated[int, Field(ge=1)] = 240
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup: Share = 0.06
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    log_every: Annotated[int, Field(ge=1)] = 10
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+
+
+class DataRecipe(_Strict):
+    """How examples become tensors, and how many of them are used for training."""
+
+    image_size: Annotated[int, Field(ge=14)] = 98
+    max_length: Annotated[int, Field(ge=4)] = 128
+    train_limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class Recipe(_Strict):
+    """One training run. ``model`` and ``task`` are bundled names, local paths or hub ids."""
+
+    model: str
+    task: str
+    output: Path
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    adapter: AdapterRecipe = AdapterRecipe()
+    strategy: StrategyRecipe = PlainRecipe()
+    train: TrainRecipe = TrainRecipe()
+    data: DataRecipe = DataRecipe()
+
+    @field_validator("output")
+    @classmethod
+    def _named(cls, value: Path) -> Path:
+        if not value.name:
+            raise ValueError("a folder name is needed")
+        return value
+
+    def plan(self) -> CoTo | ProgressiveDropout | None:
+        """The training-time policy, or None for plain training."""
+        chosen, steps = self.strategy, self.train.steps
+        if isinstance(chosen, CoToRecipe):
+            return CoTo(total_steps=steps, seed=self.seed, **chosen.model_dump(exclude={"name"}))
+        if isinstance(chosen, StochasticDepthRecipe):
+            return CoTo(total_steps=steps, seed=self.seed, curve="constant", start=chosen.keep, unit=chosen.unit)
+        if isinstance(chosen, ProgressiveDropoutRecipe):
+            return ProgressiveDropout(total_steps=steps, end=chosen.end, ramp=chosen.ramp)
+        return None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run gave: the saved adapter, the seconds that training took, and the log."""
+
+    adapter: Adapter
+    path: Path
+    seconds: float
+    log: tuple[Mapping[str, Any], ...]
+
+
+def parse(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Validate a recipe.
+
+    Raises:
+        ValueError: one line: where, what, and what is allowed.
+
+    Example:
+        >>> parse({"model": "vit-s14", "task": "digits", "output": "runs/a", "train": {"step": 5}})
+        Traceback (most recent call last):
+        ...
+        ValueError: recipe: train.step is not known (did you mean 'steps'?); allowed: steps, batch_size, ...
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source}: a mapping of keys is needed, got {type(content).__name__}")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_explain(error)}") from None
+    try:
+        recipe.plan()
+    except ValueError as error:
+        raise ValueError(f"{source}: strategy: {error}") from None
+    return recipe
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, with ``a.b=value`` overrides on top.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an override without ``=``, or an invalid recipe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path}: a mapping of keys is needed, got {type(content).__name__}")
+    for override in overrides:
+        _set(content, override)
+    return parse(_numbers(content), source=f"recipe {path}")
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = False) -> Trained:
+    """Train the adapter that a recipe describes and save it as a PEFT folder with its provenance.
+
+    While it runs, checkpoints lie in ``<output>.training``; the output folder appears whole at the end. A killed run
+    goes on with ``resume=True`` and ends in the same bits as one that was never interrupted.
+
+    Raises:
+        ValueError: the output exists, an unfinished run is in the way, or it was made from another recipe.
+    """
+    check_output(recipe.output, overwrite)
+    work = _working_folder(recipe, resume=resume, overwrite=overwrite)
+    bench = edge("scoring").bench(
+        recipe.model, recipe.task, dtype=recipe.dtype, train_limit=recipe.data.train_limit, **_data_options(recipe)
+    )
+    trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
+    shutil.rmtree(work)
+    return trained
+
+
+def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
+    """Train on a model and task that are already loaded; the base is as before afterwards."""
+    trainer = edge("trainer")
+    options = trainer.FitOptions(
+        output=work,
+        seed=recipe.seed,
+        resume=resume,
+        progress=progress,
+        **recipe.train.model_dump(),
+    )
+    loss = bench.loss
+    with edge("adapting").training(bench.model, **recipe.adapter.model_dump(), seed=recipe.seed, base_name=bench.name) as model:
+        began = time.perf_counter()
+        fitted = trainer.fit(
+            model, bench.task.splits["train"], collate=bench.collate, options=options, plan=recipe.plan(), loss=loss
+        )
+        seconds = time.perf_counter() - began
+        adapter = edge("peft").from_model(model)
+    provenance = {
+        "operation": "train",
+        "arguments": recipe.model_dump(mode="json", exclude={"output"}),
+        "seed": recipe.seed,
+        "record": {"seconds": seconds, "log": [dict(entry) for entry in fitted.log]},
+    }
+    made = Adapter(adapter.config, adapter.modules, adapter.extras, provenance)
+    save(made, recipe.output, overwrite=overwrite)
+    return Trained(load(recipe.output), recipe.output, seconds, tuple(fitted.log))
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse an existing output before any work is done.
+
+    Raises:
+        FileExistsError: it exists and ``overwrite`` is off.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output {path} exists; choose another or add --overwrite")
+
+
+def _data_options(recipe: Recipe) -> dict[str, int]:
+    return {"image_size": recipe.data.image_size, "max_length": recipe.data.max_length}
+
+
+def _working_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
+    """The folder of an unfinished run; it holds the recipe, so that a resumed run cannot silently change."""
+    work = recipe.output.with_name(recipe.output.name + ".training")
+    kept = work / "recipe.yaml"
+    described = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    if resume and kept.is_file():
+        if kept.read_text(encoding="utf-8") != described:
+            before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(described)
+            raise ValueError(f"{work}: that run had another recipe ({_changed(before, now)}); resume with the same one")
+        return work
+    if work.exists() and not (overwrite or resume):
+        raise FileExistsError(f"{work} holds an unfinished run; go on with --resume, or start again with --overwrite")
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    kept.write_text(described, encoding="utf-8")
+    return work
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and old != new:
+            return _changed(old, new, f"{prefix}{key}.")
+        if old != new:
+            return f"{prefix}{key}: {old!r} then, {new!r} now"
+    return "written differently"
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=value``; the value is read as YAML."""
+    keys, equals, value = override.partition("=")
+    if not equals or not keys:
+        raise ValueError(f"--set {override}: written as key=value or section.key=value")
+    *path, last = keys.split(".")
+    for key in path:
+        inner = content.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override}: {key} is not a section")
+        content = inner
+    content[last] = yaml.safe_load(value)
+
+
+def _numbers(value: Any) -> Any:
+    """YAML reads ``1e-3`` as text (it wants ``1.0e-3``); users mean the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[0] in "0123456789.+-" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first error of a validation as one line."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if str(part) not in _TAGS]
+    where = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        allowed = _fields(first["loc"][:-1])
+        near = difflib.get_close_matches(place[-1], allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{where} is not known{hint}; allowed: {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"].startswith("union_tag"):
+        given = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]
+        near = difflib.get_close_matches(str(given), sorted(_TAGS), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{where}.name {given!r} is not known{hint}; allowed: {', '.join(sorted(_TAGS))}"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{where}: {message}, got {first['input']!r}"
+
+
+_STRATEGIES = {
+    "none": PlainRecipe,
+    "coto": CoToRecipe,
+    "stochastic-depth": StochasticDepthRecipe,
+    "progressive-dropout": ProgressiveDropoutRecipe,
+}
+_TAGS = frozenset(_STRATEGIES)
+
+
+def _fields(place: Sequence[str | int]) -> list[str]:
+    """Names of the keys that are allowed at a place of the recipe."""
+    model: type[BaseModel] = Recipe
+    for part in place:
+        if str(part) in _STRATEGIES:
+            model = _STRATEGIES[str(part)]
+        elif part != "strategy":
+            annotation = model.model_fields[str(part)].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+    return list(model.model_fields)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    return TypeAdapter(Recipe).json_schema()

@@ -1,0 +1,42 @@
+"""A report as markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraloom.report.grid import flat, grid, spelled
+from loraloom.report.panels import Cell
+
+if TYPE_CHECKING:
+    from loraloom.report.document import Report
+
+
+def escape(text: str) -> str:
+    """Text that markdown shows as it is: no table break, no HTML, no emphasis, no line break."""
+    for char in "\\`*_[]<>|#":
+        text = text.replace(char, "\\" + char)
+    return " ".join(text.split())
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Cell, ...]]) -> str:
+    numeric = [all(not isinstance(row[j], str) for row in rows) for j in range(len(columns))]
+    lines = [[escape(column) for column in columns], ["--:" if right else ":--" for right in numeric]]
+    lines += [[escape(text) for text in row] for row in spelled(rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown(report: Report) -> str:
+    """The whole report; every panel as a heading, its note, a table and the command."""
+    parts = [f"# {escape(report.title)}"]
+    parts += [escape(part) for part in report.summary.split("\n\n") if part.strip()]
+    for panel in report.panels:
+        parts.append(f"## {escape(panel.title)}")
+        if panel.note:
+            parts.append(escape(panel.note))
+        parts.append(_table(*grid(panel)))
+        if panel.command:
+            parts.append("Made by:\n\n" + "\n".join(f"    {line}" for line in panel.command.splitlines()))
+    if report.run:
+        rows: list[tuple[Cell, ...]] = [*flat(report.run)]
+        parts += ["## What was run", _table(("key", "value"), rows)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,165 @@
+"""A report as one self-contained HTML page: layout and words here, plots drawn in the reader's browser by page.js."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING
+
+from loraloom.report.grid import flat, grid, spelled
+from loraloom.report.panels import Bars, Cell, Curve, Heatmap, Panel, Table, number, to_json
+
+if TYPE_CHECKING:
+    from loraloom.report.document import Report
+
+
+def page(report: Report) -> str:
+    """The whole page; every text of the report is escaped, and nothing in it is fetched from anywhere."""
+    from plotly.offline import get_plotlyjs
+
+    labels = _labels(report.panels)
+    return Template(_file("page.html")).substitute(
+        title=escape(report.title),
+        style=_file("page.css"),
+        summary="\n".join(f"<p>{escape(part.strip())}</p>" for part in report.summary.split("\n\n") if part.strip()),
+        contents=_contents(report.panels, labels),
+        panels="\n".join(_panel(i, panel, labels[i]) for i, panel in enumerate(report.panels)),
+        run=_run(report),
+        data=_script_json([to_json(panel) for panel in report.panels]),
+        plotly=get_plotlyjs(),
+        script=_file("page.js"),
+    )
+
+
+def _file(name: str) -> str:
+    return files("loraloom.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _script_json(value: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _labels(panels: tuple[Panel, ...]) -> list[str]:
+    """``Figure 1``, ``Table 1``, ``Figure 2``, ...: each kind counts for itself."""
+    words = ["Table" if isinstance(panel, Table) else "Figure" for panel in panels]
+    return [f"{word} {words[: i + 1].count(word)}" for i, word in enumerate(words)]
+
+
+def _contents(panels: tuple[Panel, ...], labels: list[str]) -> str:
+    links = (
+        f'<li><a href="#panel-{i}">{label}: {escape(panel.title)}</a></li>'
+        for i, (panel, label) in enumerate(zip(panels, labels, strict=True))
+    )
+    return f'<nav aria-label="Figures and tables"><ol>{"".join(links)}</ol></nav>' if len(panels) > 1 else ""
+
+
+def _panel(index: int, panel: Panel, label: str) -> str:
+    note = escape(panel.note)
+    parts = [
+        f'<section class="panel" id="panel-{index}" aria-labelledby="title-{index}">',
+        f'<h2 id="title-{index}"><span class="label">{label}</span> {escape(panel.title)}</h2>',
+    ]
+    if isinstance(panel, Table):
+        parts += [f'<p class="note">{note}</p>' if note else "", _table(panel, f"{label}: {panel.title}", sortable=True)]
+    else:
+        parts += [
+            f'<figure><div class="plot" id="plot-{index}" role="img" aria-label="{escape(describe(panel))}"></div>',
+            f"<figcaption>{note}</figcaption>" if note else "",
+            f'</figure><div class="tools"><details><summary>Values of {label.lower()}</summary>',
+            _table(panel, f"Values of {label}: {panel.title}", sortable=False),
+            f"</details>{_save(index, label, 'svg')}{_save(index, label, 'png')}</div>",
+        ]
+    if panel.command:
+        parts.append(
+            f'<div class="command"><pre tabindex="0" aria-label="Command that makes {label.lower()} again">'
+            f'<code>{escape(panel.command)}</code></pre><button type="button">Copy</button></div>'
+        )
+    return "\n".join([part for part in parts if part] + ["</section>"])
+
+
+def _save(index: int, label: str, form: str) -> str:
+    name = label.lower().replace(" ", "-")
+    return (
+        f'<button type="button" data-plot="{index}" data-format="{form}" data-name="{name}" '
+        f'aria-label="Save {label.lower()} as {form.upper()}">{form.upper()}</button>'
+    )
+
+
+def describe(panel: Panel) -> str:
+    """What a plot shows, in words, for those who do not see it.
+
+    Example:
+        >>> from loraloom.report.panels import Series
+        >>> describe(Curve("Path", "t", "accuracy", (Series("CoTo", (0, 1), (0.9, 0.8)),)))
+        'Line chart of accuracy by t. CoTo: from 0.9 at 0 to 0.8 at 1, lowest 0.8 at 1, highest 0.9 at 0.'
+    """
+    if isinstance(panel, Table):
+        return f"Table of {', '.join(panel.columns)}."
+    if isinstance(panel, Heatmap):
+        cells = [
+            (z, f"{number(y)}, {number(x)}")
+            for y, row in zip(panel.y, panel.z, strict=True)
+            for x, z in zip(panel.x, row, strict=True)
+            if z is not None
+        ]
+        span = f" Lowest {number(min(cells)[0])} at {min(cells)[1]}, highest {number(max(cells)[0])} at {max(cells)[1]}."
+        return f"Heat map of {panel.y_label} by {panel.x_label}.{span if cells else ' It is empty.'}"
+    lines = isinstance(panel, Curve)
+    words = [f"Line chart of {panel.y_label} by {panel.x_label}." if lines else f"Bar chart of {panel.y_label}."]
+    for series in panel.series:
+        points = [(y, number(x)) for x, y in zip(series.x, series.y, strict=True)]
+        if not points:
+            words.append(f"{series.name}: empty.")
+            continue
+        (low, low_at), (high, high_at) = min(points, key=lambda p: p[0]), max(points, key=lambda p: p[0])
+        ends = f"from {number(points[0][0])} at {points[0][1]} to {number(points[-1][0])} at {points[-1][1]}, "
+        words.append(
+            f"{series.name}: {ends if lines else ''}lowest {number(low)} at {low_at}, highest {number(high)} at {high_at}."
+        )
+    return " ".join(words)
+
+
+def _table(panel: Panel, name: str, *, sortable: bool) -> str:
+    columns, rows = grid(panel)
+    numeric = [isinstance(panel, Bars | Curve | Heatmap) and j > 0 or _numeric(rows, j) for j in range(len(columns))]
+    kinds = [' class="number"' if right else "" for right in numeric]
+    button = '<button type="button">{}</button>' if sortable else "{}"
+    head = "".join(
+        f'<th scope="col"{kinds[j]}>{button.format(escape(column)) if sortable or column else "<span></span>"}</th>'
+        for j, column in enumerate(columns)
+    )
+    texts = spelled(rows)
+    body = "\n".join(
+        f"<tr>{''.join(_cell(cell, text, j, kinds[j]) for j, (cell, text) in enumerate(zip(row, said, strict=True)))}</tr>"
+        for row, said in zip(rows, texts, strict=True)
+    )
+    css = ' class="sortable"' if sortable else ""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}"><table{css}>'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _numeric(rows: list[tuple[Cell, ...]], column: int) -> bool:
+    return all(not isinstance(row[column], str) for row in rows)
+
+
+def _cell(cell: Cell, text: str, column: int, css: str) -> str:
+    value = "" if cell is None else f' data-value="{escape(str(cell))}"'
+    shown = escape(text)
+    return f'<th scope="row"{css}{value}>{shown}</th>' if column == 0 else f"<td{css}{value}>{shown}</td>"
+
+
+def _run(report: Report) -> str:
+    rows = [*flat(report.run), ("raw measurements in results.json", len(report.records))]
+    body = []
+    for key, value in rows:
+        text = escape(str(value) if isinstance(value, float) else number(value))  # settings are shown exactly
+        shown = f"<pre>{text}</pre>" if "\n" in text else text
+        body.append(f'<tr><th scope="row">{escape(key)}</th><td>{shown}</td></tr>')
+    head = '<thead><tr><th scope="col">key</th><th scope="col">value</th></tr></thead>'
+    return f"<table>{head}\n<tbody>\n{chr(10).join(body)}\n</tbody></table>"
