@@ -96,7 +96,7 @@ class Browser:
         return answer["result"].get("value")
 
     def complaints(self):
-        """Uncaught exceptions, console warnings and errors, and log entries of the browser (blocked or failed loads)."""
+        """Uncaught exceptions, console warnings and errors, and what the browser logged (failed loads)."""
         found = []
         for event in self.events:
             params = event["params"]
@@ -127,12 +127,30 @@ def launched(executable, profile):
     """A running browser with a fresh profile; it is gone when the block ends."""
     child_read, write = os.pipe()
     read, child_write = os.pipe()
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
-    ).split()
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--remote-debugging-pipe",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(child_read), str(child_write), executable, *flags, f"--user-data-dir={profile}"],
+        [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            str(child_read),
+            str(child_write),
+            executable,
+            *flags,
+            f"--user-data-dir={profile}",
+        ],
         pass_fds=(child_read, child_write),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ import math
 
 from loraloom.report import Bars, Curve, Heatmap, Report, Series, Table
 
+EVIL = '<script>alert("x")</script> & `|*_'
 T = tuple(i / 10 for i in range(11))
 
 
@@ -36,7 +37,7 @@ def demo_report():
     steps = tuple(range(0, 241, 4))
     return Report(
         "Adapters that come apart and go together",
-        "CoTo's two seeds stay connected: half-way between them accuracy falls by 2 points, with plain LoRA by 11 to 17. "
+        "CoTo's two seeds stay connected: half-way between them accuracy falls by 2 points, with LoRA by 11 to 17. "
         "After removing every other layer's adapter CoTo keeps 86 % accuracy and LoRA 71 %.\n\n"
         "On the task itself the two are equal within their intervals (90.0 and 89.6 %), and CoTo trained 8 % faster.",
         (
@@ -53,7 +54,7 @@ def demo_report():
                     ("CoTo, merged", "delta", 0.823, 0.93, 0.782, 0.845),
                 ),
                 "Equal weights. The first two rows are the single-task adapters, each on its own task.",
-                "loraloom merge runs/coto-fmnist runs/coto-digits runs/coto-shapes -o runs/merged --method linear --space delta",
+                "loraloom merge runs/coto-fmnist runs/coto-digits runs/coto-shapes -o runs/merged --space delta",
             ),
             Bars(
                 "Structured pruning",
@@ -79,7 +80,11 @@ def demo_report():
             Table(
                 "Training time",
                 ("run", "steps", "seconds", "share of LoRA"),
-                (("LoRA, seed 0", 240, 118.4, 1.0), ("LoRA, seed 1", 240, 119.0, 1.005), ("CoTo, seed 0", 240, 108.9, 0.92)),
+                (
+                    ("LoRA, seed 0", 240, 118.4, 1.0),
+                    ("LoRA, seed 1", 240, 119.0, 1.005),
+                    ("CoTo, seed 0", 240, 108.9, 0.92),
+                ),
             ),
             Curve(
                 "Activation probability",
@@ -98,12 +103,21 @@ def demo_report():
                 "layer",
                 ("query", "key", "value", "dense", "fc1", "fc2"),
                 tuple(range(12)),
-                tuple(tuple(round(0.1 * (layer + 2) * (1 + 0.3 * (j % 3)), 3) for j in range(6)) for layer in range(12)),
+                tuple(
+                    tuple(round(0.1 * (layer + 2) * (1 + 0.3 * (j % 3)), 3) for j in range(6)) for layer in range(12)
+                ),
                 "Frobenius norm of delta by module, CoTo, seed 0.",
             ),
         ),
         {
-            "recipe": {"model": "vit-small", "rank": 8, "alpha": 16, "learning_rate": 0.0025, "steps": 240, "batch": 16},
+            "recipe": {
+                "model": "vit-small",
+                "rank": 8,
+                "alpha": 16,
+                "learning_rate": 0.0025,
+                "steps": 240,
+                "batch": 16,
+            },
             "seeds": [0, 1],
             "versions": {"loraloom": "0.1.0", "torch": "2.13.0", "peft": "0.21.2"},
             "machine": {"cores": 2, "gpu": None},
@@ -111,4 +125,21 @@ def demo_report():
             "finished": True,
         },
         tuple({"run": f"{m}-{s}", "t": t, "correct": 880 + s} for m in ("lora", "coto") for s in (0, 1) for t in T),
+    )
+
+
+def evil_report():
+    """Text that would do harm if it were not escaped, in every place that takes text."""
+    one = Series(EVIL, (EVIL,), (1.0,), (0.5,), (1.5,))
+    return Report(
+        EVIL,
+        EVIL,
+        (
+            Curve(EVIL, EVIL, EVIL, (one,), EVIL, EVIL),
+            Bars(EVIL, EVIL, (EVIL,), (one,), EVIL, EVIL),
+            Heatmap(EVIL, EVIL, EVIL, (EVIL,), (EVIL,), ((1.0,),), EVIL, EVIL),
+            Table(EVIL, (EVIL,), ((EVIL,),), EVIL, EVIL),
+        ),
+        {EVIL: EVIL, "nested": {EVIL: [EVIL]}},
+        ({EVIL: EVIL},),
     )

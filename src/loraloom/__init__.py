@@ -1,3 +1,90 @@
-"""loraloom: train LoRA-family adapters that come apart and go together well, and take them apart and put them together."""
+"""loraloom: train LoRA-family adapters that come apart and go together well, and take them apart and put them together.
+
+    import loraloom as ll
+    a, b = ll.load("runs/a"), ll.load("runs/b")
+    ll.save(ll.merge([a, b], weights=[0.5, 0.5]), "runs/merged")
+
+Names are loaded when they are first used: importing the package imports neither Transformers nor PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, concat, truncate
+    from loraloom.catalogue import catalogue
+    from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
+    from loraloom.integrations.trainer import CoToCallback
+    from loraloom.ops.interpolate import interpolate
+    from loraloom.ops.merge import merge
+    from loraloom.ops.prune import prune
+    from loraloom.probes.connectivity import connectivity
+    from loraloom.recipe import Recipe, train
+    from loraloom.recipe import read as read_recipe
+    from loraloom.store import load, save
+    from loraloom.strategies.dropout import ProgressiveDropout
+    from loraloom.strategies.progressive import CoTo
+    from loraloom.summary import cosines, summary
+    from loraloom.tasks import load_task
+
+_HOME = {
+    **dict.fromkeys(["Adapter", "AdapterMismatch", "Factors", "UnsupportedKind", "concat", "truncate"], "adapter"),
+    "catalogue": "catalogue",
+    **dict.fromkeys(["Evaluation", "bench", "evaluate", "score"], "integrations.scoring"),
+    "CoToCallback": "integrations.trainer",
+    "interpolate": "ops.interpolate",
+    "merge": "ops.merge",
+    "prune": "ops.prune",
+    "connectivity": "probes.connectivity",
+    **dict.fromkeys(["Recipe", "train"], "recipe"),
+    "read_recipe": "recipe:read",
+    **dict.fromkeys(["load", "save"], "store"),
+    "ProgressiveDropout": "strategies.dropout",
+    "CoTo": "strategies.progressive",
+    **dict.fromkeys(["cosines", "summary"], "summary"),
+    "load_task": "tasks",
+}
+
+__all__ = [  # noqa: RUF022 - by subject, as the documentation has it
+    "Adapter",
+    "Factors",
+    "AdapterMismatch",
+    "UnsupportedKind",
+    "load",
+    "save",
+    "concat",
+    "truncate",
+    "merge",
+    "interpolate",
+    "prune",
+    "CoTo",
+    "ProgressiveDropout",
+    "CoToCallback",
+    "Recipe",
+    "read_recipe",
+    "train",
+    "load_task",
+    "bench",
+    "score",
+    "evaluate",
+    "Evaluation",
+    "connectivity",
+    "summary",
+    "cosines",
+    "catalogue",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(f"loraloom.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

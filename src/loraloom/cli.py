@@ -84,7 +84,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Base model; by default what the adapter names.")] = "",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many examples.")] = None,  # noqa: UP045
-    image_size: Annotated[int, typer.Option(min=14, help="Pixels a side; default: as trained, else 98.")] = 0,
+    image_size: Annotated[Optional[int], typer.Option(min=14, help="Pixels a side; default: as trained, else 98.")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:
     """Score an adapter on tasks, with 95 % confidence intervals."""
@@ -270,5 +270,3 @@ def main() -> None:
     app()
 
 
-if __name__ == "__main__":
-    main()

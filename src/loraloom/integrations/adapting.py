@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,9 +55,14 @@ def training(
             use_dora=kind == "dora",
         )
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks Transformers by an old name whether gradient checkpointing is on; not our user's concern.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"adapter.target_modules: {' '.join(str(error).split())}") from None
     if base_name:
         adapted.peft_config["default"].base_model_name_or_path = base_name
     was_training = model.training

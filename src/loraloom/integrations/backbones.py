@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,24 @@ def load_backbone(name: str, *, family: str | None = None, dtype: str = "float32
     if family not in FAMILIES:
         raise ValueError(f"model {name}: family {family!r} has no score here; allowed: {', '.join(FAMILIES)}")
     loader = AutoModelForCausalLM if family == "causal" else AutoModel
-    model = loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    with _without_bars():
+        model = loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
     processor = _image_statistics(source) if family == "vision" else AutoTokenizer.from_pretrained(source)
     return Backbone(model, name, family, processor)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading a local model takes a second: no progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _family(name: str, config: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import WeakSet
 
 from torch import nn
@@ -16,9 +16,6 @@ from loraloom.adapter import UnsupportedKind
 from loraloom.strategies import Strategy
 from loraloom.strategies.units import base_path, group
 
-if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
 # Layers that are off because a gate is closed, and not because the user disabled their adapters.
 _closed: WeakSet[nn.Module] = WeakSet()
 
@@ -26,9 +23,12 @@ _closed: WeakSet[nn.Module] = WeakSet()
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _NOT_BY_LAYER = {
-    "XLoraModel": "X-LoRA mixes its experts with a classifier over the whole model and re-enables all layers in forward",
-    "ShadowLayer": "ShadowPEFT passes one shadow state through all layers, so that none can be switched by itself",
+    "XLoraModel": "X-LoRA's forward re-enables all layers each time",
+    "ShadowLayer": "one shadow state passes through all of them",
 }
+
+# Starts that take the adapter out of the base weights: without the adapter the layer is not the base layer.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Gates:
@@ -37,6 +37,11 @@ class Gates:
     A layer whose adapters the user had disabled stays so whatever the gates do. Layers inside another tuner's layer (as
     PEFT nests them for MoE parameters) go with the outermost. Modules that PEFT saves whole (``modules_to_save``,
     ``trainable_token_indices``) are no adapters and have no gate.
+
+    With gradient checkpointing a step's backward pass belongs inside the same state as its forward pass. Where all
+    checkpoints are non-reentrant (Transformers' default), making gates also removes the hook by which Transformers and
+    PEFT let the embeddings' output require a gradient: nothing needs it there, and with it every backward pass would
+    run down to the embeddings whatever is closed.
 
     Args:
         model: a PEFT model, or any model with PEFT layers in it, wrapped (DDP, torch.compile) or not.
@@ -55,7 +60,9 @@ class Gates:
         self._layers = _tuner_layers(model)
         if not self._layers:
             raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers to switch; add an adapter first")
+        self._start = _start_that_changes_base(model)
         self._refuse_merged()
+        _free_inputs(model)
         self.modules = group(self._layers, unit)
         self.units = tuple(self.modules)
         self._found_dropout = {drop: drop.p for drop in self._dropouts()}
@@ -65,11 +72,17 @@ class Gates:
 
         Raises:
             ValueError: not one truth value a unit.
-            UnsupportedKind: a layer has been merged since.
+            UnsupportedKind: a layer has been merged since, or a gate is to close on an adapter that started as a part
+                of the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): the layer without it is not the base layer.
         """
         if len(active) != len(self.units):
             raise ValueError(f"{len(active)} values for {len(self.units)} units ({self.units[0]}, ...); give one each")
         self._refuse_merged()
+        if self._start and not all(active):
+            raise UnsupportedKind(
+                f"init_lora_weights={self._start!r} moves a part of the base weights into the adapter: without it, the "
+                f"layer is not the base layer; allowed are starts that keep the base (true, gaussian, eva, orthogonal)"
+            )
         for unit, on in zip(self.units, active, strict=True):
             for name in self.modules[unit]:
                 for layer in self._layers[name]:
@@ -166,25 +179,25 @@ def set_dropout(model: nn.Module, p: float) -> None:
     Gates(model).set_dropout(p)
 
 
-def _close(layer: BaseTunerLayer) -> None:
+def _close(layer: Any) -> None:
     # enable_adapters() would also freeze the weights, and the optimizer then has parameters that come and go
     if not layer._disable_adapters:
         layer._disable_adapters = True
         _closed.add(layer)
 
 
-def _open(layer: BaseTunerLayer) -> None:
+def _open(layer: Any) -> None:
     if layer in _closed:
         layer._disable_adapters = False
         _closed.discard(layer)
 
 
-def _tuner_layers(model: nn.Module) -> dict[str, list[BaseTunerLayer]]:
+def _tuner_layers(model: nn.Module) -> dict[str, list[Any]]:
     """PEFT layers by module path in the base model; those inside another one stand under the outermost."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found: dict[str, list[BaseTunerLayer]] = {}
+    found: dict[str, list[Any]] = {}
     seen: dict[nn.Module, None] = {}
 
     def walk(module: nn.Module, parts: tuple[str, ...], owner: str | None) -> None:
@@ -205,3 +218,29 @@ def _tuner_layers(model: nn.Module) -> dict[str, list[BaseTunerLayer]]:
         root = root.get_submodule("module")
     walk(root, (), None)
     return found
+
+
+def _start_that_changes_base(model: nn.Module) -> str:
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for config in configs.values() if isinstance(configs, dict) else ():
+            start = getattr(config, "init_lora_weights", None)
+            if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+                return start
+    return ""
+
+
+def _free_inputs(model: nn.Module) -> None:
+    checkpoints = [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    settings = [getattr(function, "keywords", {}) for function in checkpoints]
+    if not settings or not all(some.get("use_reentrant") is False for some in settings):
+        return
+    for module in model.modules():
+        # by name: the public way to remove them forgets all but the last of several
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                del module._forward_hooks[key]

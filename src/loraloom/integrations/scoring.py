@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter
 from loraloom.integrations.peft import attached
-from loraloom.models import models, resolve
+from loraloom.models import models
 from loraloom.tasks import Example, Task, load_task
 from loraloom.tasks.metrics import Estimate, accuracy
 
@@ -260,7 +260,7 @@ def bench(
     """
     from loraloom.integrations.backbones import load_backbone
 
-    made = load_task(task, limit=train_limit) if isinstance(task, str) else task
+    made = load_task(task, limit=train_limit and {"train": train_limit}) if isinstance(task, str) else task
     backbone = load_backbone(model, family=family, dtype=dtype)
     expected = "image" if backbone.family == "vision" else "text"
     if made.modality != expected:
@@ -280,6 +280,43 @@ def score(
     return lambda adapter: made.evaluate(adapter, split, limit).value
 
 
+def evaluate(
+    adapter: Adapter | None,
+    task: str,
+    *,
+    model: str = "",
+    split: str = "test",
+    limit: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+) -> Evaluation:
+    """Accuracy of an adapter (None: of the base, then ``model`` is needed) on a task, with its 95 % interval.
+
+    Model, image size and text length are by default those that the adapter was trained with, as its folder tells.
+
+    Raises:
+        ValueError: neither the adapter nor the caller names a model.
+    """
+    name = model or (adapter.base if adapter is not None else "")
+    if not name:
+        raise ValueError("no base model is named; say which with --model")
+    data = _trained_with(adapter)
+    options = {
+        "image_size": image_size or int(data.get("image_size", 98)),
+        "max_length": max_length or int(data.get("max_length", 128)),
+    }
+    return bench(name, task, **options).evaluate(adapter, split, limit)
+
+
+def _trained_with(adapter: Adapter | None) -> Mapping[str, Any]:
+    """The data options of the (first) training run that an adapter comes from."""
+    source: Any = adapter.provenance if adapter is not None else {}
+    while isinstance(source, Mapping) and source.get("operation") != "train" and source.get("inputs"):
+        source = source["inputs"][0]
+    arguments = source.get("arguments") if isinstance(source, Mapping) else None
+    return dict((arguments or {}).get("data") or {})
+
+
 def _pool(name: str, family: str) -> str:
     if name in models and "pool" in models[name].facts:
         return str(models[name].facts["pool"])
@@ -291,4 +328,4 @@ def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example
         yield examples[start : start + size]
 
 
-__all__ = ["Bench", "Evaluation", "Prototypes", "bench", "fit_prototypes", "pixels", "resolve", "score"]
+__all__ = ["Bench", "Evaluation", "Prototypes", "bench", "evaluate", "fit_prototypes", "pixels", "score"]

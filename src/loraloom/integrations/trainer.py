@@ -1,44 +1,260 @@
-"""HF Trainer and TRL: CoTo as an ordinary callback, a progress bar, and one function that trains and resumes exactly."""
+"""HF Trainer and TRL: a plan as an ordinary callback, and a progress bar."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from loraloom.integrations.gates import Gates
-from loraloom.strategies.dropout import ProgressiveDropout
-from loraloom.strategies.progressive import CoTo
+from loraloom.strategies import Strategy
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class CoToCallback(TrainerCallback):
-    """Apply a plan in HF Trainer, TRL's trainers and whatever else calls Trainer callbacks (Zhuang et al. 2025, section 3).
+    """Carry out a plan in HF Trainer and its kin (TRL's trainers): ``Trainer(..., callbacks=[CoToCallback(coto)])``.
 
-    The draw of an optimizer step holds for its forward and backward passes in training; micro-batches share it. A
-    forward in evaluation mode or without gradients (evaluation, generation, prediction, another callback's sampling)
-    sees all adapters even in the middle of a step, and so it does after an exception or a keyboard interrupt. A loop of
-    your own that goes on training the model after such an end calls :meth:`open` first; ``trainer.train()`` does it.
+    CoTo, ICML 2025 (arXiv 2506.05713, section 3). The draw of an optimizer step holds for its forward and backward
+    passes, the same for all micro-batches. At all other times every gate is open: evaluation, prediction, saving and
+    ``load_best_model_at_end`` see all adapters. So does a forward in evaluation mode or without gradients inside a
+    training step (generation in TRL's online trainers). An exception or a keyboard interrupt opens the gates as well.
 
-    Logged with the training loss, to ``report_to`` and ``state.log_history``: ``coto/probability``, ``coto/active``
-    (how many units), ``coto/share``, and by active unit ``coto/grad_norm/<unit>``, the norm of its gradient after
-    clipping, all of the step that the log closes.
+    Logged with the training loss, to ``report_to`` and ``state.log_history``, for the step that closes the log:
+    ``coto/probability``, ``coto/active`` (number of units), ``coto/share`` and by active unit ``coto/grad_norm/<unit>``
+    (norm of its gradient after clipping). A plan that skips nothing has ``dropout/`` in place of ``coto/``.
 
     Args:
-        plan: a :class:`CoTo` or :class:`ProgressiveDropout`; where its ``total_steps`` is None, the Trainer's is taken.
+        plan: CoTo or another strategy. Where its ``total_steps`` is None, the Trainer's number of steps is taken.
 
     Raises:
-        ValueError: when training starts, ``total_steps`` is not the Trainer's number of steps.
-
-    Example:
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[CoToCallback(CoTo(seed=0))])
+        ValueError: when training begins: ``total_steps`` is not the Trainer's, or the model has no PEFT layers.
     """
 
-    def __init__(self, plan: CoTo | ProgressiveDropout) -> None:
+    def __init__(self, plan: Strategy) -> None:
         self.plan = plan
-        self._running: _Running | None = None
+        self._run: _Run | None = None
+        self._trainer: Trainer | None = None
+        self._report: dict[str, float | Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the plan, find the units, open everything."""
+        self.open()
+        self._run = _Run(_completed(self.plan, state.max_steps), kwargs["model"])
+        self._report = {}
+        self._attach()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gates as drawn for this optimizer step; called once a step, before its first micro-batch."""
+        self._begun().draw(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All passes of the step are done: open everything, and note what is to be logged of it."""
+        self.open()
+        self._report = self._begun().report(grads=_will_log(args, state, state.global_step + 1))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything open for what comes between steps."""
+        self.open()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything open; the Trainer is as it was."""
+        self.open()
+        self._detach()
+
+    def open(self) -> None:
+        """Open all gates, whatever state training was left in."""
+        if self._run is not None:
+            self._run.open()
+
+    def _begun(self) -> _Run:
+        if self._run is None:
+            raise ValueError("no training has begun: on_train_begin comes before the other events")
+        return self._run
+
+    def _attach(self) -> None:
+        """Extend the two methods of the calling Trainer that it offers for extension, ``training_step`` and ``log``.
+
+        Events alone cannot do two things. None comes when a step fails, which would leave gates closed: here they
+        are open again as soon as ``training_step`` is left in any way. And reporters (TensorBoard and the like) get
+        ``on_log`` before any callback of the user's, so that what a callback adds there comes too late. A callback is
+        never told its Trainer; it is found once, among the callers. A loop that is no Trainer but calls the events is
+        served by these.
+        """
+        self._detach()
+        trainer = _calling_trainer()
+        if trainer is None:
+            return
+        step_before, log_before = trainer.training_step, trainer.log
+
+        def training_step(*args: Any, **kwargs: Any) -> Tensor:
+            if self._trainer is not trainer:
+                return step_before(*args, **kwargs)
+            try:
+                self._begun().draw(trainer.state.global_step)
+                return step_before(*args, **kwargs)
+            finally:
+                self.open()
+
+        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if self._trainer is trainer and "loss" in logs:  # the training log; evaluation has eval_loss
+                logs.update({name: float(value) for name, value in self._report.items()})
+            log_before(logs, *args, **kwargs)
+
+        self._trainer, self._wrapped = trainer, {"training_step": training_step, "log": log}
+        vars(trainer).update(self._wrapped)
+
+    def _detach(self) -> None:
+        if self._trainer is not None:
+            for name, wrapped in self._wrapped.items():
+                if vars(self._trainer).get(name) is wrapped:
+                    delattr(self._trainer, name)
+        self._trainer = None  # a wrapper that is itself wrapped stays, and passes on
+
+
+class _Run:
+    """A plan at work on a model: the draw of one step, and what there is to say of it."""
+
+    def __init__(self, plan: Strategy, model: nn.Module) -> None:
+        self.plan = plan
+        self.gates = Gates(model, plan.unit)
+        self.gates.open()
+        self.weights = self.gates.parameters()
+        self.model = _inner(model)
+        self.hook: Any = None
+        self.step, self.drawn = 0, False
+        self.active: tuple[bool, ...] = ()
+
+    def draw(self, step: int) -> None:
+        self.step, self.drawn = step, True
+        self.plan.apply(self.gates, step)
+        self.active = self.gates.state()
+        if self.hook is None:
+            self.hook = self.model.register_forward_pre_hook(self._before_forward)
+
+    def open(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+        self.gates.open()
+
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        """Within a step: the draw is for passes that will be differentiated, all others see all adapters."""
+        if torch.compiler.is_compiling():
+            return
+        trains = module.training and torch.is_grad_enabled()
+        if trains != self.drawn:
+            self.drawn = trains
+            if trains:
+                self.plan.apply(self.gates, self.step)
+            else:
+                self.gates.open()
+
+    def report(self, grads: bool) -> dict[str, float | Tensor]:
+        """The numbers of the step drawn last. Norms stay on the device: the wait for them comes with the log."""
+        prefix = "coto" if self.plan.skips_parameters else "dropout"
+        report: dict[str, float | Tensor] = {f"{prefix}/probability": self.plan.probability(self.step)}
+        if self.plan.skips_parameters:
+            report[f"{prefix}/active"] = sum(self.active)
+            report[f"{prefix}/share"] = sum(self.active) / len(self.active)
+        for unit, weights in self.weights.items() if grads else ():
+            found = [weight.grad for weight in weights if weight.grad is not None]
+            if found:
+                report[f"{prefix}/grad_norm/{unit}"] = torch.stack(
+                    [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in found]
+                ).norm()
+        return report
+
+
+class RichProgress(TrainerCallback):
+    """A progress bar with loss, p(t), active units and time left; nothing at all where there is no terminal.
+
+    Takes the place of the Trainer's own: pass ``disable_tqdm=True`` and ``trainer.remove_callback(PrinterCallback)``.
+
+    Args:
+        console: where to draw; by default the terminal.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._progress: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the bar, on the main process of a terminal only."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.close()
+        console = self._console or Console(stderr=True)
+        if not (console.is_terminal and state.is_world_process_zero):
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, text="")
+        self._progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step further."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Show the newest numbers."""
+        if self._progress is None or not logs or "loss" not in logs:
+            return
+        shown = [("loss", "loss", ".4f"), ("coto/probability", "p", ".2f"), ("coto/active", "active", ".0f")]
+        text = "  ".join(f"{label} {logs[key]:{form}}" for key, label, form in shown if key in logs)
+        self._progress.update(self._task, text=text)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; after an exception in training too."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _completed(plan: Any, max_steps: int) -> Any:
+    if plan.total_steps is None:
+        return replace(plan, total_steps=max_steps)
+    if plan.total_steps != max_steps:
+        raise ValueError(
+            f"the plan has total_steps={plan.total_steps} but the Trainer runs {max_steps} steps; "
+            "give total_steps=None to take the Trainer's number"
+        )
+    return plan
+
+
+def _will_log(args: Any, state: Any, step: int) -> bool:
+    """Whether the Trainer may write a training log when ``step`` optimizer steps are done."""
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+    return args.logging_strategy != IntervalStrategy.NO
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module that every forward passes through, ``generate``'s too: the base model within PEFT's."""
+    from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _calling_trainer() -> Trainer | None:
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

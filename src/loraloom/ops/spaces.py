@@ -100,40 +100,46 @@ def in_factors(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     a = [abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)]
     merged = replace(
         whole[0],
-        B=_combined(b, request).to(stored),
-        A=_combined(a, request).to(stored),
+        B=_combined(b, request),
+        A=_combined(a, request),
         scale=scales[0] if keep else 1.0,
         bias=_bias(whole, inner, request),
     )
-    return _cut(merged, request)
+    return _cut(merged, stored, request)
 
 
 def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     """The method on the updates: through the factors where it is linear, on dense matrices otherwise."""
     present = [part for part in parts if part is not None]
     stored, working = _types(present)
-    bias = _bias(parts, [0.0 if part is None else part.scale for part in parts], request)
+    scales = [0.0 if part is None else part.scale for part in parts]
     if request.linear:
         # A linear method is known by what it makes of the unit vectors: its coefficients.
         unit = torch.eye(len(parts), dtype=torch.float64)
         share = request.combine(unit, torch.tensor(request.weights, dtype=torch.float64)).tolist()
         used = [c for part, c in zip(parts, share, strict=True) if part is not None]
-        cast = [replace(part, B=part.B.to(stored), A=part.A.to(stored)) for part in present]
-        return _cut(replace(concat(cast, used), bias=bias), request)
+        dtype = working if request.cut else stored
+        cast = [replace(part, B=part.B.to(dtype), A=part.A.to(dtype)) for part in present]
+        return _cut(replace(concat(cast, used), bias=_bias(parts, scales, request)), stored, request)
     zero = torch.zeros(present[0].shape[:2], dtype=working, device=present[0].B.device)
-    cast_up = [part and replace(part, B=part.B.to(working), A=part.A.to(working)) for part in parts]
-    dense = _combined([zero if part is None else part.delta() for part in cast_up], request)
-    like = replace(present[0], B=present[0].B.to(stored), bias=bias)
+    deltas = [zero if part is None else part.scale * (part.B.to(working) @ part.A.to(working)) for part in parts]
+    dense = _combined(deltas, request)
+    like = replace(present[0], B=present[0].B.to(stored), bias=_bias(parts, scales, request))
     return refactor(dense, request.rank, like, request.name)
 
 
+def _factor_rank(shapes: Sequence[Shape], linear: bool) -> int:
+    return shapes[0].rank
+
+
+def _delta_rank(shapes: Sequence[Shape], linear: bool) -> int:
+    total = sum(shape.rank for shape in shapes)
+    return total if linear else min(total, *shapes[0][:2])
+
+
 SPACES: Mapping[str, Space] = {
-    "factors": Space(in_factors, lambda shapes, linear: shapes[0].rank, same=True),
-    "delta": Space(
-        in_delta,
-        lambda shapes, linear: min(sum(s.rank for s in shapes), *(() if linear else shapes[0][:2]), math.inf),
-        same=False,
-    ),
+    "factors": Space(in_factors, _factor_rank, same=True),
+    "delta": Space(in_delta, _delta_rank, same=False),
 }
 
 
@@ -162,11 +168,13 @@ def _bias(parts: Parts, scales: Sequence[float], request: Request) -> Tensor | N
     return _combined([column[:, None] for column in columns], request)[:, 0].to(stored)
 
 
-def _cut(merged: Factors, request: Request) -> tuple[Factors, float | None]:
-    if not request.cut:
-        return merged, None
-    _check_finite(request.name, merged.B, merged.A)
-    return truncate(merged.baked(), request.rank)
+def _cut(merged: Factors, stored: torch.dtype, request: Request) -> tuple[Factors, float | None]:
+    """The result in the type in which it is stored, cut to the rank that was asked for, if one was."""
+    error = None
+    if request.cut:
+        _check_finite(request.name, merged.B, merged.A)
+        merged, error = truncate(merged.baked(), request.rank)
+    return replace(merged, B=merged.B.to(stored), A=merged.A.to(stored)), error
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:

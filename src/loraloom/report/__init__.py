@@ -1,9 +1,9 @@
 """Results as they were measured, and the page that shows them: JSON is the truth, HTML and markdown are made from it.
 
-    >>> curve = Curve("Path", "t", "accuracy", (Series("CoTo", x=(0, 0.5, 1), y=(0.9, 0.89, 0.9)),))
-    >>> report = Report("Two seeds", "The path is flat.", (curve,))
-    >>> Report.from_json(report.to_json()) == report
-    True
+>>> curve = Curve("Path", "t", "accuracy", (Series("CoTo", x=(0, 0.5, 1), y=(0.9, 0.89, 0.9)),))
+>>> report = Report("Two seeds", "The path is flat.", (curve,))
+>>> Report.from_json(report.to_json()) == report
+True
 """
 
 from __future__ import annotations

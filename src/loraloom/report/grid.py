@@ -1,4 +1,4 @@
-"""Every panel as a table of its values: what markdown shows, and what the page puts below each plot for those who read."""
+"""Every panel as a table of its values: what markdown shows, and what the page has below each plot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _places(panel: Curve) -> list[float | str]:
     """Every x of the series once; in order of size where all are numbers, of appearance where some are names."""
     places = list(dict.fromkeys(x for series in panel.series for x in series.x))
     numeric = [place for place in places if not isinstance(place, str)]
-    return sorted(numeric) if len(numeric) == len(places) else places  # type: ignore[return-value]
+    return sorted(numeric) if len(numeric) == len(places) else places
 
 
 def spelled(rows: Sequence[Sequence[Cell]]) -> list[tuple[str, ...]]:

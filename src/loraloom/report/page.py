@@ -64,7 +64,10 @@ def _panel(index: int, panel: Panel, label: str) -> str:
         f'<h2 id="title-{index}"><span class="label">{label}</span> {escape(panel.title)}</h2>',
     ]
     if isinstance(panel, Table):
-        parts += [f'<p class="note">{note}</p>' if note else "", _table(panel, f"{label}: {panel.title}", sortable=True)]
+        parts += [
+            f'<p class="note">{note}</p>' if note else "",
+            _table(panel, f"{label}: {panel.title}", sortable=True),
+        ]
     else:
         parts += [
             f'<figure><div class="plot" id="plot-{index}" role="img" aria-label="{escape(describe(panel))}"></div>',
@@ -100,16 +103,10 @@ def describe(panel: Panel) -> str:
     if isinstance(panel, Table):
         return f"Table of {', '.join(panel.columns)}."
     if isinstance(panel, Heatmap):
-        cells = [
-            (z, f"{number(y)}, {number(x)}")
-            for y, row in zip(panel.y, panel.z, strict=True)
-            for x, z in zip(panel.x, row, strict=True)
-            if z is not None
-        ]
-        span = f" Lowest {number(min(cells)[0])} at {min(cells)[1]}, highest {number(max(cells)[0])} at {max(cells)[1]}."
-        return f"Heat map of {panel.y_label} by {panel.x_label}.{span if cells else ' It is empty.'}"
+        return f"Heat map of {panel.y_label} by {panel.x_label}. {_extremes(panel)}"
     lines = isinstance(panel, Curve)
-    words = [f"Line chart of {panel.y_label} by {panel.x_label}." if lines else f"Bar chart of {panel.y_label}."]
+    about = f"Line chart of {panel.y_label} by {panel.x_label}." if isinstance(panel, Curve) else ""
+    words = [about or f"Bar chart of {panel.y_label}."]
     for series in panel.series:
         points = [(y, number(x)) for x, y in zip(series.x, series.y, strict=True)]
         if not points:
@@ -117,30 +114,41 @@ def describe(panel: Panel) -> str:
             continue
         (low, low_at), (high, high_at) = min(points, key=lambda p: p[0]), max(points, key=lambda p: p[0])
         ends = f"from {number(points[0][0])} at {points[0][1]} to {number(points[-1][0])} at {points[-1][1]}, "
-        words.append(
-            f"{series.name}: {ends if lines else ''}lowest {number(low)} at {low_at}, highest {number(high)} at {high_at}."
-        )
+        span = f"lowest {number(low)} at {low_at}, highest {number(high)} at {high_at}."
+        words.append(f"{series.name}: {ends if lines else ''}{span}")
     return " ".join(words)
+
+
+def _extremes(panel: Heatmap) -> str:
+    cells = [
+        (z, f"{number(y)}, {number(x)}")
+        for y, row in zip(panel.y, panel.z, strict=True)
+        for x, z in zip(panel.x, row, strict=True)
+        if z is not None
+    ]
+    if not cells:
+        return "It is empty."
+    (low, low_at), (high, high_at) = min(cells, key=lambda c: c[0]), max(cells, key=lambda c: c[0])
+    return f"Lowest {number(low)} at {low_at}, highest {number(high)} at {high_at}."
 
 
 def _table(panel: Panel, name: str, *, sortable: bool) -> str:
     columns, rows = grid(panel)
-    numeric = [isinstance(panel, Bars | Curve | Heatmap) and j > 0 or _numeric(rows, j) for j in range(len(columns))]
+    numeric = [(isinstance(panel, Bars | Curve | Heatmap) and j > 0) or _numeric(rows, j) for j in range(len(columns))]
     kinds = [' class="number"' if right else "" for right in numeric]
     button = '<button type="button">{}</button>' if sortable else "{}"
     head = "".join(
         f'<th scope="col"{kinds[j]}>{button.format(escape(column)) if sortable or column else "<span></span>"}</th>'
         for j, column in enumerate(columns)
     )
-    texts = spelled(rows)
-    body = "\n".join(
-        f"<tr>{''.join(_cell(cell, text, j, kinds[j]) for j, (cell, text) in enumerate(zip(row, said, strict=True)))}</tr>"
-        for row, said in zip(rows, texts, strict=True)
-    )
+    lines = []
+    for row, texts in zip(rows, spelled(rows), strict=True):
+        cells = (_cell(cell, text, j, kinds[j]) for j, (cell, text) in enumerate(zip(row, texts, strict=True)))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     css = ' class="sortable"' if sortable else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}"><table{css}>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody></table></div>"
     )
 
 

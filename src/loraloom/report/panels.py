@@ -35,7 +35,9 @@ def plain(value: JSON, where: str) -> JSON:
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise ValueError(f"{where}: {type(value).__name__} is not JSON; allowed: text, numbers, true, false, null, lists, maps")
+    raise ValueError(
+        f"{where}: {type(value).__name__} is not JSON; allowed: text, numbers, true, false, null, lists, maps"
+    )
 
 
 def _finite(value: object, where: str) -> float:
@@ -305,7 +307,7 @@ def from_json(value: JSON, where: str) -> Panel:
     """The panel that ``to_json`` wrote.
 
     Raises:
-        ValueError: the kind is unknown, a key is missing or unknown, or a value is impossible; ``where`` leads the line.
+        ValueError: the kind is unknown, a key is missing or unknown, or a value is impossible; ``where`` says which.
     """
     if not isinstance(value, Mapping) or value.get("kind") not in KINDS:
         raise ValueError(f"{where} has no kind of a panel; allowed: {', '.join(KINDS)}")

@@ -44,7 +44,7 @@ class CoTo:
         >>> coto.probability(375), coto.probability(750)
         (0.5, 1.0)
         >>> coto.active(375, ["layers.0", "layers.1", "layers.2", "layers.3"])
-        (False, True, False, False)
+        (True, True, False, True)
         >>> CoTo(total_steps=10, ramp=1.5)
         Traceback (most recent call last):
         ValueError: ramp must be in [0, 1], got 1.5

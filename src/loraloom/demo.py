@@ -1,0 +1,358 @@
+"""The main job on real weights and data: train LoRA and CoTo adapters, take them apart, put them together, report.
+
+Two seeds of each method on one task, one adapter each on two more; then the path between the seeds, a merge of the three
+tasks, and pruning. Both recipes (``recipes/demo``) were tuned on the validation split; everything here is on test.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraloom import __version__, report
+from loraloom.adapter import Adapter
+from loraloom.ops.interpolate import interpolate
+from loraloom.ops.merge import merge
+from loraloom.ops.prune import prune
+from loraloom.recipe import Recipe, bundled_recipe, check_output, parse, train_on
+from loraloom.registry import edge
+from loraloom.tasks.metrics import Estimate, accuracy, difference
+
+METHODS = {"LoRA": "demo/lora.yaml", "CoTo": "demo/coto.yaml"}
+STRUCTURED = ("every-other", "low", "middle", "high")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything; the tests run a smaller one."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    others: tuple[str, ...] = ("easy-vqa-shape", "easy-vqa-colour")
+    points: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(11))
+    densities: tuple[float, ...] = (0.5, 0.25, 0.1)
+    limit: int | None = 400
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass
+class Study:
+    """The adapters and measurements of one demo run, as they come."""
+
+    settings: Settings
+    recipes: Mapping[str, Recipe]
+    say: Say
+    adapters: dict[tuple[str, str, int], Adapter] = field(default_factory=dict)
+    seconds: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    outcomes: dict[tuple, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def main(self) -> str:
+        """The task with several seeds."""
+        return self.recipes["LoRA"].task
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The main task first."""
+        return (self.main, *self.settings.others)
+
+    def measure(self, key: tuple, bench: Any, adapter: Adapter | None) -> float:
+        """Evaluate and file the outcome of every example under ``key``; seeds of one key are pooled."""
+        found = bench.evaluate(adapter, "test", self.settings.limit)
+        self.outcomes.setdefault(key, []).append(np.array(found.correct))
+        return found.value
+
+    def estimate(self, *key: Any) -> Estimate:
+        """Mean over the seeds of a key, with the interval over test examples."""
+        return accuracy(np.mean(self.outcomes[key], axis=0))
+
+    def advantage(self, *key: Any) -> Estimate:
+        """CoTo minus LoRA on the same examples; ``key`` is without the method."""
+        coto, lora = (np.mean(self.outcomes[(method, *key)], axis=0) for method in ("CoTo", "LoRA"))
+        return difference(coto, lora)
+
+
+def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None, say: Say = print) -> report.Report:
+    """Run the demo and write adapters, ``results.json``, ``report.html`` and ``report.md`` below ``out``.
+
+    Raises:
+        FileExistsError: ``out`` exists and ``overwrite`` is off.
+    """
+    began = time.perf_counter()
+    check_output(out, overwrite)
+    settings = settings or Settings()
+    recipes = {method: _adjusted(bundled_recipe(name), settings) for method, name in METHODS.items()}
+    work = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    study = Study(settings, recipes, say)
+    say(f"model {recipes['LoRA'].model}; tasks {', '.join(study.tasks)}; LoRA and CoTo, {recipes['LoRA'].train.steps} steps")
+    benches = {task: _bench(recipes["LoRA"], task) for task in study.tasks}
+    for task, bench in benches.items():
+        study.measure(("base", "alone", task), bench, None)
+        _train(study, task, bench, work)
+    _path(study, benches[study.main])
+    _merge(study, benches)
+    _prune(study, benches[study.main])
+    made = _report(study, time.perf_counter() - began)
+    report.write(made, work)
+    if out.exists():
+        shutil.rmtree(out)
+    work.rename(out)
+    for line in made.summary.split("\n"):
+        say(line)
+    say(f"report {out / 'report.html'}; results {out / 'results.json'}; {time.perf_counter() - began:.0f} s")
+    return made
+
+
+def _adjusted(recipe: Recipe, settings: Settings) -> Recipe:
+    content = recipe.model_dump(mode="json")
+    for key, value in settings.overrides:
+        section, _, name = key.partition(".")
+        content[section] = {**content[section], name: value} if name else value
+    return parse(content, source="demo")
+
+
+def _bench(recipe: Recipe, task: str) -> Any:
+    data = recipe.data
+    return edge("scoring").bench(
+        recipe.model, task, image_size=data.image_size, max_length=data.max_length, train_limit=data.train_limit
+    )
+
+
+# --- measurements ------------------------------------------------------------------------------------------------
+
+
+def _train(study: Study, task: str, bench: Any, work: Path) -> None:
+    """Methods alternate, so that a slow minute of the machine falls on both."""
+    for seed in study.settings.seeds if task == study.main else study.settings.seeds[:1]:
+        for method, recipe in study.recipes.items():
+            output = work / "adapters" / f"{method.lower()}-{task}-{seed}"
+            one = recipe.model_copy(update={"task": task, "seed": seed, "output": output})
+            scratch = work / ".training"
+            scratch.mkdir()
+            trained = train_on(bench, one, work=scratch, resume=False, progress=False, overwrite=False)
+            shutil.rmtree(scratch)
+            study.adapters[method, task, seed] = trained.adapter.loaded()
+            study.seconds[method, task, seed] = trained.seconds
+            value = study.measure((method, "alone", task), bench, trained.adapter)
+            study.say(f"{method:5} {task:16} seed {seed}: {value:.3f} in {trained.seconds:.0f} s")
+
+
+def _path(study: Study, bench: Any) -> None:
+    a, b = study.settings.seeds[:2]
+    for method in study.recipes:
+        ends = (study.adapters[method, study.main, a], study.adapters[method, study.main, b])
+        for space in ("factors", "delta"):
+            for at in study.settings.points:
+                study.measure((method, "path", space, at), bench, interpolate(*ends, at=at, space=space))
+        middle = {space: study.estimate(method, "path", space, 0.5).value for space in ("factors", "delta")}
+        study.say(f"{method:5} half way between the seeds: {middle['factors']:.3f} factors, {middle['delta']:.3f} delta")
+
+
+def _merge(study: Study, benches: Mapping[str, Any]) -> None:
+    seed = study.settings.seeds[0]
+    for method in study.recipes:
+        parts = [study.adapters[method, task, seed] for task in study.tasks]
+        for space in ("factors", "delta"):
+            merged = merge(parts, space=space).loaded()
+            values = [study.measure((method, "merged", space, task), benches[task], merged) for task in study.tasks]
+            study.say(f"{method:5} three tasks merged, {space}: {', '.join(f'{value:.3f}' for value in values)}")
+
+
+def _prune(study: Study, bench: Any) -> None:
+    for method in study.recipes:
+        for seed in study.settings.seeds:
+            adapter = study.adapters[method, study.main, seed]
+            for keep in STRUCTURED:
+                study.measure((method, "kept", keep), bench, prune(adapter, keep=keep))
+            for density in study.settings.densities:
+                study.measure((method, "density", density), bench, prune(adapter, density=density))
+        kept = ", ".join(f"{keep} {study.estimate(method, 'kept', keep).value:.3f}" for keep in STRUCTURED)
+        study.say(f"{method:5} pruned to {kept}")
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def _report(study: Study, seconds: float) -> report.Report:
+    rows = list(_comparison(study))
+    return report.Report(
+        title="loraloom demo: LoRA and CoTo, taken apart and put together",
+        summary=_summary(study, rows),
+        panels=(
+            report.Table(
+                "CoTo against LoRA",
+                ("measurement", "LoRA", "CoTo", "CoTo - LoRA", "95 % interval"),
+                tuple(rows),
+                note="Accuracy on test. The interval is a paired bootstrap over test examples for these runs; it does not "
+                f"cover the spread over seeds, of which there are {len(study.settings.seeds)}.",
+                command="loraloom demo",
+            ),
+            _path_panel(study),
+            _merge_panel(study),
+            _prune_panel(study),
+            _density_panel(study),
+            _plan_panel(study),
+            _time_panel(study),
+        ),
+        run={
+            "command": "loraloom demo",
+            "version": __version__,
+            "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+            "seconds": round(seconds, 1),
+            "test examples": study.settings.limit or "all",
+            "recipes": {method: recipe.model_dump(mode="json") for method, recipe in study.recipes.items()},
+        },
+        records=tuple(_records(study)),
+    )
+
+
+def _measurements(study: Study) -> Iterator[tuple[str, tuple]]:
+    """Title and key (without the method) of every measurement that both methods have."""
+    for task in study.tasks:
+        yield f"alone: {task}", ("alone", task)
+    for space in ("factors", "delta"):
+        if 0.5 in study.settings.points:
+            yield f"half way between two seeds ({space})", ("path", space, 0.5)
+    for space in ("factors", "delta"):
+        for task in study.tasks:
+            yield f"three tasks merged ({space}): {task}", ("merged", space, task)
+    for keep in STRUCTURED:
+        yield f"layers kept: {keep}", ("kept", keep)
+    for density in study.settings.densities:
+        yield f"entries kept: {density:.0%}", ("density", density)
+
+
+def _comparison(study: Study) -> Iterator[tuple[str, float, float, float, str]]:
+    for title, key in _measurements(study):
+        lora, coto, gap = study.estimate("LoRA", *key), study.estimate("CoTo", *key), study.advantage(*key)
+        interval = f"[{gap.low:+.3f}, {gap.high:+.3f}]"
+        yield title, round(lora.value, 4), round(coto.value, 4), round(gap.value, 4), interval
+
+
+def _summary(study: Study, rows: Sequence[tuple]) -> str:
+    """What came out, in words that follow from the numbers alone."""
+    gaps = [(title, study.advantage(*key)) for title, key in _measurements(study)]
+    better = [title for title, gap in gaps if gap.low > 0]
+    worse = [title for title, gap in gaps if gap.high < 0]
+    even = len(gaps) - len(better) - len(worse)
+    base = ", ".join(f"{task} {study.estimate('base', 'alone', task).value:.3f}" for task in study.tasks)
+    total = {m: sum(v for (method, *_), v in study.seconds.items() if method == m) for m in study.recipes}
+    return (
+        f"The frozen model alone: {base}. CoTo is better than LoRA beyond the interval in {len(better)} of {len(gaps)} "
+        f"measurements{_listed(better)}, worse in {len(worse)}{_listed(worse)}, and not told apart in {even}. "
+        f"Training took CoTo {total['CoTo'] / total['LoRA']:.2f} of LoRA's time."
+    )
+
+
+def _listed(titles: Sequence[str]) -> str:
+    return f" ({'; '.join(titles)})" if titles else ""
+
+
+def _series(study: Study, name: str, x: Sequence[Any], keys: Sequence[tuple]) -> report.Series:
+    found = [study.estimate(*key) for key in keys]
+    return report.Series(
+        name,
+        x=tuple(x),
+        y=tuple(one.value for one in found),
+        low=tuple(one.low for one in found),
+        high=tuple(one.high for one in found),
+    )
+
+
+def _path_panel(study: Study) -> report.Curve:
+    points = study.settings.points
+    series = tuple(
+        _series(study, f"{method}, {space}", points, [(method, "path", space, at) for at in points])
+        for method in study.recipes
+        for space in ("factors", "delta")
+    )
+    return report.Curve(
+        f"From seed {study.settings.seeds[0]} to seed {study.settings.seeds[1]} on {study.main}",
+        "position between the two adapters",
+        "accuracy",
+        series,
+        note="factors: (1-t) B_0 + t B_1 and the same for A; delta: (1-t) times one update plus t times the other.",
+        command=f"loraloom interpolate adapters/coto-{study.main}-0 adapters/coto-{study.main}-1 --at 0.5 -o half",
+    )
+
+
+def _merge_panel(study: Study) -> report.Bars:
+    series = [_series(study, "base", study.tasks, [("base", "alone", task) for task in study.tasks])]
+    for method in study.recipes:
+        series.append(_series(study, f"{method}, alone", study.tasks, [(method, "alone", task) for task in study.tasks]))
+        for space in ("factors", "delta"):
+            keys = [(method, "merged", space, task) for task in study.tasks]
+            series.append(_series(study, f"{method}, merged ({space})", study.tasks, keys))
+    return report.Bars(
+        "Three tasks in one adapter",
+        "accuracy",
+        study.tasks,
+        tuple(series),
+        note="Equal weights of 1/3.",
+        command="loraloom merge adapters/coto-*-0 -o merged --space delta",
+    )
+
+
+def _prune_panel(study: Study) -> report.Bars:
+    names = ("all", *STRUCTURED)
+    series = tuple(
+        _series(study, method, names, [(method, "alone", study.main), *((method, "kept", keep) for keep in STRUCTURED)])
+        for method in study.recipes
+    )
+    return report.Bars(
+        f"Layers kept, {study.main}",
+        "accuracy",
+        names,
+        series,
+        note="The adapters of all other layers are dropped; nothing is trained again.",
+        command=f"loraloom prune adapters/coto-{study.main}-0 --keep every-other -o pruned",
+    )
+
+
+def _density_panel(study: Study) -> report.Curve:
+    densities = (1.0, *study.settings.densities)
+    series = tuple(
+        _series(
+            study,
+            method,
+            densities,
+            [(method, "alone", study.main), *((method, "density", d) for d in study.settings.densities)],
+        )
+        for method in study.recipes
+    )
+    return report.Curve(
+        f"Entries kept by magnitude, {study.main}",
+        "share of the factors' entries kept",
+        "accuracy",
+        series,
+        command=f"loraloom prune adapters/coto-{study.main}-0 --density 0.25 -o pruned",
+    )
+
+
+def _plan_panel(study: Study) -> report.Curve:
+    recipe = study.recipes["CoTo"]
+    plan, steps = recipe.plan(), range(0, recipe.train.steps, max(1, recipe.train.steps // 60))
+    series = (report.Series("CoTo", x=tuple(steps), y=tuple(plan.probability(step) for step in steps)),)  # type: ignore[union-attr]
+    return report.Curve("Probability that a layer's adapter takes part", "optimizer step", "p(t)", series)
+
+
+def _time_panel(study: Study) -> report.Table:
+    rows = tuple(
+        (f"{method}, {task}, seed {seed}", round(value, 1)) for (method, task, seed), value in study.seconds.items()
+    )
+    return report.Table("Training time", ("run", "seconds"), rows, note="Runs alternate between the methods.")
+
+
+def _records(study: Study) -> Iterator[dict[str, Any]]:
+    for key, outcomes in study.outcomes.items():
+        names = dict(zip(("method", "measurement", "of", "at"), key, strict=False))
+        yield {**names, "by_seed": [float(one.mean()) for one in outcomes], **study.estimate(*key).to_json()}

@@ -1,0 +1,219 @@
+"""Training that a kill cannot spoil: HF Trainer with a plan, sealed checkpoints and an exact resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from loraloom.integrations.checkpoints import SafeCheckpoints, last_complete, remove_torn
+from loraloom.integrations.trainer import CoToCallback, RichProgress
+from loraloom.strategies import Strategy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How :func:`fit` trains.
+
+    Attributes:
+        output: folder of the checkpoints (``checkpoint-N``).
+        steps: optimizer steps of the whole run.
+        batch_size: examples of one forward pass on one device; ``accumulate`` of them make an optimizer step.
+        lr: peak learning rate of AdamW.
+        seed: of the data order, which depends on nothing else, and of the model's dropout.
+        accumulate: forward passes an optimizer step.
+        warmup: steps of linear warm-up.
+        scheduler: what follows it, by the name that Transformers gives it: linear, cosine, constant_with_warmup, ...
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        save_every: steps between checkpoints (and one at the end); None writes none. The two newest are kept.
+        log_every: steps between logs.
+        bf16: autocast to bfloat16.
+        gradient_checkpointing: compute activations again in backward.
+        resume: go on from the newest whole checkpoint in ``output``, if there is one.
+        progress: draw a progress bar on a terminal.
+        report_to: reporters of Transformers: "none", "tensorboard", "wandb", ...
+    """
+
+    output: str | Path
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int
+    accumulate: int = 1
+    warmup: int = 0
+    scheduler: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_every: int | None = None
+    log_every: int = 10
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    progress: bool = False
+    report_to: str | Sequence[str] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+            value = getattr(self, name)
+            if not (name == "save_every" and value is None) and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup must be in [0, steps = {self.steps}], got {self.warmup}")
+        for name in ("lr", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number from 0 on, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of :func:`fit`.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        resumed_from: the step of the checkpoint that this call went on from, 0 without one.
+        seconds: wall time of this call's steps, with its checkpoints and logs.
+        log_history: the Trainer's logs of the whole run, one mapping a log, with its ``step``.
+    """
+
+    steps: int
+    resumed_from: int
+    seconds: float
+    log_history: tuple[Mapping[str, float], ...]
+
+
+def fit(
+    model: PeftModel,
+    dataset: Any,
+    *,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    options: FitOptions,
+    plan: Strategy | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fit:
+    """Train the adapters of ``model`` in place with HF Trainer; a killed run that is resumed ends in the same bits.
+
+    Args:
+        model: a PEFT model. With ``loss`` it may be a mere backbone (AutoModel).
+        dataset: examples by index, with a length. What an index gives must not depend on chance: an example that is
+            drawn ahead of its step would be drawn again after a resume.
+        collate: a list of examples to the keyword arguments of forward; ``labels`` go to ``loss`` where it is given.
+        options: see there.
+        plan: a strategy, carried out by :class:`CoToCallback`.
+        loss: ``loss(outputs, labels, num_items_in_batch)`` with the number of labels (other than -100) of the whole
+            optimizer step: divide a sum by it. None takes the model's own loss.
+        callbacks: further callbacks of the Trainer.
+
+    Returns:
+        The logs and the time; the weights are in ``model``, all gates open.
+
+    Raises:
+        ValueError: ``output`` has checkpoints and ``resume`` is off, or they are of a run of other length.
+    """
+    start = _starting_point(options)
+    done = 0 if start is None else int(_state(start)["global_step"])
+    if start is not None and done == options.steps:
+        return _finished(model, start, done)
+    switch = CoToCallback(plan) if plan is not None else None
+    bar = RichProgress() if options.progress else None
+    safe = SafeCheckpoints() if options.save_every else None
+    extra = [switch, bar, *callbacks, safe]  # the seal comes last: it covers what other callbacks save
+    trainer = Trainer(
+        model,
+        _arguments(options),
+        data_collator=collate,
+        train_dataset=dataset,
+        compute_loss_func=loss,
+        callbacks=[callback for callback in extra if callback is not None],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if loss is not None:
+        trainer.model_accepts_loss_kwargs = False  # the count of labels is for the loss, not for a backbone's forward
+    began = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    finally:
+        if switch is not None:
+            switch.open()
+        if bar is not None:
+            bar.close()
+    seconds = time.perf_counter() - began
+    return Fit(options.steps, done, seconds, tuple(trainer.state.log_history))
+
+
+def _arguments(options: FitOptions) -> TrainingArguments:
+    has_device = torch.accelerator.is_available()
+    names = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {name: options.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_steps=options.log_every,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or options.steps,
+        save_total_limit=2,
+        bf16=options.bf16,
+        report_to=[options.report_to] if isinstance(options.report_to, str) else list(options.report_to),
+        use_cpu=not has_device,
+        dataloader_pin_memory=has_device,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **checkpointing,
+    )
+
+
+def _starting_point(options: FitOptions) -> Path | None:
+    """The checkpoint to go on from, after clearing away torn ones."""
+    from accelerate import PartialState
+
+    if not options.resume:
+        found = sorted(Path(options.output).glob("checkpoint-*"))
+        if found:
+            raise ValueError(
+                f"{options.output} has checkpoints already ({found[0].name}); resume, or choose another folder"
+            )
+        return None
+    with PartialState().main_process_first():
+        remove_torn(options.output)
+    start = last_complete(options.output)
+    if start is not None:
+        steps = _state(start)["max_steps"]
+        if steps != options.steps:
+            raise ValueError(f"{start} is of a run of {steps} steps, not {options.steps}: it cannot be resumed exactly")
+    return start
+
+
+def _finished(model: PeftModel, checkpoint: Path, step: int) -> Fit:
+    """The end of a run that needs no further step: the Trainer would make one all the same."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(checkpoint), device="cpu")
+    set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
+    return Fit(step, step, 0.0, tuple(_state(checkpoint)["log_history"]))
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))

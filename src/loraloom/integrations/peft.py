@@ -1,0 +1,195 @@
+"""Adapters on live models, through PEFT itself: attach one for a while, or take a snapshot of one in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapter import Adapter, AdapterMismatch
+from loraloom.layout import PREFIX, as_configured, check_config, from_state_dict, knows_targets, settled, to_state_dict
+
+# Containers that torch.nn.Module keeps as attributes and changes in place; everything else is replaced as a whole.
+_CONTAINERS = (dict, set)
+
+
+class _Snapshot:
+    """All that attaching may change on a base model, by reference, and the way back.
+
+    Weights are not copied: PEFT puts its layers around those of the model and, loaded by assignment, replaces whole
+    parameters, so what was there is still there, untouched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, self._attributes(module)) for module in model.modules()]
+        config = getattr(model, "config", None)
+        self._config = (config, dict(vars(config))) if hasattr(config, "__dict__") else None
+        self._grads = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
+
+    @staticmethod
+    def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+        return {
+            key: (value, value.copy() if isinstance(value, _CONTAINERS) else None)
+            for key, value in vars(module).items()
+        }
+
+    def restore(self) -> None:
+        """Put every module, parameter, flag and hook back."""
+        for module, attributes in self._modules:
+            vars(module).clear()
+            for key, (value, content) in attributes.items():
+                if content is not None:
+                    value.clear()
+                    value.update(content)
+                vars(module)[key] = value
+        for parameter, requires_grad, data in self._grads:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        if self._config is not None:
+            config, content = self._config
+            vars(config).clear()
+            vars(config).update(content)
+
+
+def _peft_config(model: nn.Module, content: Mapping[str, Any]) -> Any:
+    """PEFT's configuration object. Its start is switched off: it costs time, and PiSSA and the like change the base."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(str(content["peft_type"]).upper())]
+    known = {field.name for field in dataclasses.fields(kind)}
+    chosen = {key: value for key, value in content.items() if key in known and key != "peft_type"}
+    for start in ("init_lora_weights", "init_weights"):
+        if start in known:
+            chosen[start] = False
+    for start in ("eva_config", "corda_config", "lora_ga_config", "loftq_config"):
+        chosen.pop(start, None)
+    # PEFT warns when the adapter was trained on a base of another name: a moved model is no mistake.
+    chosen["base_model_name_or_path"] = vars(model).get("name_or_path") or None
+    return kind(**chosen)
+
+
+def _put_on(model: nn.Module, adapter: Adapter) -> nn.Module:
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    check_config(adapter.config, "configuration")
+    held = adapter.loaded()
+    bake = not all(as_configured(held.config, name, factors) for name, factors in held.modules.items())
+    ranks = {name: factors.rank for name, factors in held.modules.items()}
+    config = settled(held.config, ranks, bake=bake, retarget=not knows_targets(held))
+    tensors = dict(to_state_dict(held, bake=bake))
+    try:
+        # PEFT draws even where the drawn values are thrown away (HiRA); nobody's random stream may notice.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT 0.21 asks the model for a name that Transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            peft_model = get_peft_model(model, _peft_config(model, config), low_cpu_mem_usage=True)
+        result = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}") from error
+    stray = [*result.unexpected_keys, *(name for name, value in peft_model.named_parameters() if value.is_meta)]
+    if stray:  # a tensor without a place, or a place of PEFT's without a tensor
+        error = LookupError(
+            f"{stray[0].removeprefix(PREFIX)} is only in {'the adapter' if result.unexpected_keys else 'the model'}"
+        )
+        raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}")
+    peft_model.base_model._cast_adapter_dtype(adapter_name="default", autocast_adapter_dtype=True)
+    return peft_model.eval()
+
+
+def _reason(model: nn.Module, adapter: Adapter, error: Exception) -> str:
+    """The first module of the adapter that the model does not have, or the line in which PEFT names a tensor."""
+    there = {name for name, _ in model.named_modules()}
+    for name in adapter.modules:
+        if name not in there and f"{name}.base_layer" not in there:
+            return f"module {name} is not in the model"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line.strip() for line in lines if "size mismatch" in line), lines[0].strip())
+
+
+@contextmanager
+def attached(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
+    """The model with the adapter on it, in evaluation mode; on exit the base model is what it was, bit for bit.
+
+    Built by PEFT (the yielded model is a ``PeftModel``), so it computes what ``PeftModel.from_pretrained`` would on the
+    saved folder: factors of 16 bits are held in 32. No global random stream is touched. Whatever is done to the base
+    model inside is undone too, except writing into its weights (do not call ``merge_adapter`` here).
+
+    Args:
+        model: the base model, without adapters.
+        adapter: what to attach; None yields the model itself, unchanged.
+
+    Raises:
+        AdapterMismatch: a module is missing in the model or has another size; names the first one.
+        ValueError: the model already has adapters.
+
+    Example:
+        >>> from loraloom.adapter import Factors
+        >>> base = nn.Sequential(nn.Linear(2, 3))
+        >>> a = Adapter({"peft_type": "LORA"}, {"0": Factors(B=torch.ones(3, 1), A=torch.ones(1, 2), scale=2.0)})
+        >>> x = torch.ones(1, 2)
+        >>> with attached(base, a) as peft_model:
+        ...     change = peft_model(x) - base[0].base_layer(x)
+        >>> change
+        tensor([[4., 4., 4.]])
+    """
+    if adapter is None:
+        yield model
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model already has adapters; attach to the base model (peft_model.unload() gives it)")
+    snapshot = _Snapshot(model)
+    try:
+        yield _put_on(model, adapter)
+    finally:
+        snapshot.restore()
+
+
+def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
+    """A snapshot (detached clones) of an adapter of a live PeftModel: what ``save_pretrained`` and ``load`` would give.
+
+    Raises:
+        UnsupportedKind: the adapter is more than factors can say (also PiSSA and the like, whose base has changed).
+        ValueError: no adapter of that name.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> live = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> from_model(live).shape("0")
+        Shape(out=3, in_=4, rank=2)
+    """
+    from peft import get_peft_model_state_dict
+
+    configs: Mapping[str, Any] = getattr(peft_model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"no adapter {adapter_name!r} in the model; it has: {', '.join(configs) or 'none'}")
+    config = _plain(configs[adapter_name].to_dict())
+    base: Any = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model  # type: ignore[operator]
+    config.update(inference_mode=True)
+    if config.get("base_model_name_or_path") is None:
+        config["base_model_name_or_path"] = vars(base).get("name_or_path") or None
+    if config.get("task_type") is None:
+        config["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    check_config(config, "the live adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT announces that it saves targeted embeddings, and that it is offline
+        live: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    return from_state_dict(config, {key: tensor.detach().clone() for key, tensor in live.items()}, "the live adapter")
+
+
+def _plain(value: Any) -> Any:
+    """Configuration values as JSON would give them back: enums are their text, sets are sorted lists."""
+    if isinstance(value, dict):
+        return {key: _plain(held) for key, held in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [_plain(held) for held in value]
+    return value.value if hasattr(value, "value") else value

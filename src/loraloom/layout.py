@@ -1,0 +1,380 @@
+"""What PEFT's names and numbers mean: configuration and tensors in PEFT's form <-> Adapter. Pure; reads no files.
+
+One module of an adapter is a few tensors by key (``base_model.model.<module>.lora_A.weight``) and a scale that only the
+configuration tells. ``from_state_dict`` brings both together; ``to_state_dict`` and ``settled`` take them apart again,
+so that PEFT builds exactly the modules that are there, each with exactly its rank and scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind
+
+PREFIX = "base_model.model."
+
+# What a LoRA configuration may switch on that (B, A, scale) cannot say.
+_VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
+    *("megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
+    *("use_qalora", "velora_config"),
+)
+# Starts that change the base weight: the factors are then relative to a base that only training saw.
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?:(?P<embedding>(?:lora|hira)_embedding_)(?P<which>[AB])"
+    r"|lora_(?P<lora>[AB])\.weight|hira_(?P<hira>[AB])|(?P<bias>lora_B\.bias)|(?P<magnitude>lora_magnitude_vector))"
+)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule for ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path wins."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return (pattern or {}).get(name, default)
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int:
+    """Rank that the configuration gives the module ``name``.
+
+    Example:
+        >>> rank_of({"r": 8, "rank_pattern": {"q_proj": 4}}, "layers.0.q_proj")
+        4
+    """
+    if _is_hira(config):  # PEFT 0.21 gives every HiRA layer of a new adapter r, whatever rank_pattern says
+        return int(config.get("r", 32))
+    return int(_matched(config.get("rank_pattern"), name, config.get("r", 8)))
+
+
+def _is_hira(config: Mapping[str, Any]) -> bool:
+    return str(config.get("peft_type")).upper() == "HIRA"
+
+
+def scale_of(config: Mapping[str, Any], name: str) -> float:
+    """Scale that the configuration gives the module ``name``: alpha / r, alpha / sqrt(r) for rsLoRA, 1 for HiRA.
+
+    Example:
+        >>> scale_of({"r": 4, "lora_alpha": 16, "use_rslora": True}, "layers.0.q_proj")
+        8.0
+    """
+    if _is_hira(config):
+        return 1.0
+    rank = rank_of(config, name)
+    alpha = _matched(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def as_configured(config: Mapping[str, Any], name: str, factors: Factors) -> bool:
+    """Whether the configuration already gives this module its rank and, exactly, its scale."""
+    ranks = (rank_of(config, name), int(_matched(config.get("rank_pattern"), name, factors.rank)))
+    return ranks == (factors.rank, factors.rank) and scale_of(config, name) == factors.scale
+
+
+def check_config(config: Any, where: str) -> dict[str, Any]:
+    """The configuration, if it is one that factors can express; otherwise an error that says what is not."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
+    kind = str(config.get("peft_type", "none")).upper()
+    if kind not in ("LORA", "HIRA"):
+        raise UnsupportedKind(f"{where}: peft_type {config.get('peft_type')!r} is not supported; allowed: LORA, HIRA")
+    for key in _VARIANTS:
+        if config.get(key):
+            raise UnsupportedKind(f"{where}: {key} is set; adapters of that variant are not factors B and A alone")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
+        raise UnsupportedKind(
+            f"{where}: init_lora_weights={start!r} is relative to a changed base model; "
+            "save it with PEFT's path_initial_model_for_weight_conversion to get an ordinary LoRA"
+        )
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        spread = config.get(pattern) or {}
+        if not isinstance(spread, dict):
+            raise ValueError(f"{where}: {pattern} must map module names to numbers, got {spread!r}")
+        for name in spread:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"{where}: {pattern} {name!r} is not a regular expression: {error}") from error
+        for name, number in [(key, config.get(key, 8)), *spread.items()]:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"{where}: {name} must be a finite number, got {number!r}")
+            if key == "r" and (number < 1 or number != int(number)):
+                raise ValueError(f"{where}: rank {name} must be a whole number of at least 1, got {number!r}")
+    return config
+
+
+def digest(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """A mark of one set of modules together with the configuration that selects it."""
+    chosen = {key: config.get(key) for key in _TARGETS}
+    if isinstance(chosen["target_modules"], list | set | tuple):
+        chosen["target_modules"] = sorted(chosen["target_modules"])
+    return hashlib.sha256(json.dumps([chosen, sorted(names)], default=sorted, sort_keys=True).encode()).hexdigest()
+
+
+def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, retarget: bool) -> dict[str, Any]:
+    """The configuration with which PEFT builds exactly these modules.
+
+    Args:
+        config: the adapter's configuration.
+        ranks: rank by module path, of all modules.
+        bake: scales are multiplied into B, so alpha becomes the rank everywhere (and rsLoRA is off).
+        retarget: the modules are named one by one, by full path.
+
+    Raises:
+        UnsupportedKind: PEFT cannot build them (HiRA of several ranks).
+
+    Example:
+        >>> new = settled({"peft_type": "LORA", "r": 8}, {"a.q": 2, "a.k": 2, "a.v": 3}, bake=True, retarget=True)
+        >>> new["r"], new["lora_alpha"], new["alpha_pattern"] == new["rank_pattern"], new["target_modules"]
+        (2, 2, True, ['a.q', 'a.k', 'a.v'])
+    """
+    new = {**config, "inference_mode": True}
+    if bake or retarget:
+        if isinstance(new.get("init_lora_weights"), str):  # a start that may refuse the new rank, for nothing
+            new.update(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
+        new = {key: value for key, value in new.items() if key in config or value is not None}
+    if bake:
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        new["r"] = usual
+        new["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+        if _is_hira(config) and new["rank_pattern"]:
+            raise UnsupportedKind(
+                f"HiRA modules of different ranks {sorted(set(ranks.values()))}: PEFT cannot load them"
+            )
+        if not _is_hira(config):
+            new.update(lora_alpha=usual, alpha_pattern=dict(new["rank_pattern"]), use_rslora=False)
+    if retarget:
+        # PEFT takes a list entry as the end of a path too. A name without a dot would also match deeper modules,
+        # so such sets are given as one regular expression, which must match the whole path.
+        exact = all("." in name for name in ranks)
+        new["target_modules"] = list(ranks) if exact else "|".join(re.escape(name) for name in ranks)
+        new.update({key: None for key in _TARGETS[1:] if key in config})
+    return new
+
+
+# --- tensors in PEFT's form -> Adapter --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """Tensors by PEFT key: shapes at once, values when asked for."""
+
+    where: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    def checked(self, key: str) -> Tensor:
+        """One tensor, refused if any entry is NaN or infinite."""
+        return _finite(self.read(key), f"{self.where}: {key.removeprefix(PREFIX)}")
+
+
+class _Extras(Mapping[str, Tensor]):
+    """Tensors beside the factors by parameter path, read when asked for."""
+
+    def __init__(self, source: Source, keys: Mapping[str, str]) -> None:
+        self._source, self._keys = source, keys
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._source.checked(self._keys[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _finite(tensor: Tensor, what: str) -> Tensor:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{what} has NaN or infinite entries")
+    return tensor
+
+
+def _sorted_keys(source: Source) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Keys by module and part (A, B, bias, magnitude), and the keys of everything else by parameter path."""
+    parts: dict[str, dict[str, str]] = {}
+    rest = []
+    for key in source.shapes:
+        path = key.removeprefix(PREFIX)
+        if path == key or re.search(r"[/\\\0]", path) or not all(path.split(".")):
+            raise ValueError(f"{source.where}: {key!r} is not a name PEFT gives; they are {PREFIX}<parameter path>")
+        match = _PART.fullmatch(path)
+        if match is None:
+            if re.search(r"\.(lora|hira)_(?!only)", path):
+                raise UnsupportedKind(f"{source.where}: tensor {key!r} belongs to a variant that is not supported")
+            rest.append(key)
+            continue
+        found = match.groupdict()
+        part = found["which"] or found["lora"] or found["hira"] or ("bias" if found["bias"] else "magnitude")
+        if part in parts.setdefault(found["module"], {}):
+            raise ValueError(f"{source.where}: module {found['module']} has {part} twice")
+        parts[found["module"]][part] = key
+    extras = {}
+    for key in rest:
+        owner, wrapped, leaf = key.removeprefix(PREFIX).partition(".base_layer.")
+        path = f"{owner}.{leaf}" if wrapped and owner in parts else key.removeprefix(PREFIX)
+        if path in extras:
+            raise ValueError(f"{source.where}: parameter {path} is there twice")
+        extras[path] = key
+    return parts, {path: extras[path] for path in sorted(extras, key=_natural)}
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sort key by which layer 10 comes after layer 2, whatever order a file has."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Mapping[str, str]) -> Shape:
+    """Sizes of one module from shapes alone; an error where its tensors do not fit together, or the configuration."""
+    what = f"{source.where}: module {name}"
+    if ".base_layer." in name:
+        raise UnsupportedKind(f"{what} is inside another adapted module (nn.MultiheadAttention); not supported")
+    for part in ("A", "B"):
+        if part not in keys:
+            raise ValueError(f"{what} has no {part}; factors come in pairs")
+    a, b = source.shapes[keys["A"]], source.shapes[keys["B"]]
+    if len(a) < 2 or len(a) != len(b) or min(a + b) < 1:
+        raise ValueError(f"{what}: A {a} and B {b} do not multiply to a matrix")
+    if b[1] != a[0]:
+        if len(a) > 2 and a[0] % b[1] == 0:
+            raise UnsupportedKind(f"{what} is a grouped convolution (A {a}, B {b}); not supported")
+        raise ValueError(f"{what}: A {a} and B {b} do not have the same rank")
+    if a[0] not in (rank_of(config, name), _matched(config.get("rank_pattern"), name, None)):
+        raise ValueError(f"{what} has rank {a[0]} but the configuration says {rank_of(config, name)}")
+    for part, switch in (("bias", "lora_bias"), ("magnitude", "use_dora")):
+        if bool(config.get(switch)) != (part in keys):
+            raise ValueError(f"{what} has {'a' if part in keys else 'no'} {part} but {switch}={config.get(switch)!r}")
+        if part in keys and math.prod(source.shapes[keys[part]]) != b[0]:
+            raise ValueError(f"{what}: {part} {source.shapes[keys[part]]} does not have {b[0]} entries")
+    return Shape(b[0], math.prod(a[1:]), a[0])
+
+
+def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Adapter:
+    """The adapter whose tensors ``source`` holds; sizes are checked now, values when they are read."""
+    config = check_config(config, source.where)
+    parts, extras = _sorted_keys(source)
+    if not parts:
+        raise ValueError(f"{source.where}: holds no factors (lora_A, lora_B or hira_A, hira_B)")
+    shapes = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
+
+    def read(name: str) -> Factors:
+        tensors = {part: source.checked(key) for part, key in parts[name].items()}
+        a, b = tensors["A"], tensors["B"]
+        if a.dtype not in _FLOATS or b.dtype not in _FLOATS:
+            raise UnsupportedKind(f"{source.where}: module {name} is stored as {b.dtype}; allowed: 16 to 64 bit floats")
+        return Factors(
+            B=b.flatten(1),
+            A=a.flatten(1),
+            scale=scale_of(config, name),
+            bias=tensors.get("bias"),
+            magnitude=tensors["magnitude"].flatten() if "magnitude" in tensors else None,
+            kernel=tuple(a.shape[1:]) if a.ndim > 2 else None,
+            embedding="_embedding_" in parts[name]["A"].rpartition(".")[2],
+        )
+
+    marked = {**provenance, "targets": digest(config, shapes)}
+    return Adapter(config, Modules(list(shapes), read, shapes.__getitem__), _Extras(source, extras), marked)
+
+
+def from_state_dict(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str = "state dict") -> Adapter:
+    """The adapter held by tensors in PEFT's form; nothing is copied.
+
+    Args:
+        config: content of an ``adapter_config.json``.
+        tensors: by PEFT key (``base_model.model.<module>.lora_A.weight``).
+        where: what error messages call the tensors.
+
+    Raises:
+        UnsupportedKind: the adapter is more than factors can say. ValueError: it is damaged. Both name the place.
+
+    Example:
+        >>> pair = {"lora_A.weight": torch.ones(1, 2), "lora_B.weight": torch.ones(3, 1)}
+        >>> tensors = {f"base_model.model.layers.0.q_proj.{key}": value for key, value in pair.items()}
+        >>> a = from_state_dict({"peft_type": "LORA", "r": 1, "lora_alpha": 2}, tensors)
+        >>> a.modules["layers.0.q_proj"].scale
+        2.0
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return assembled(dict(config), Source(where, shapes, tensors.__getitem__), {})
+
+
+# --- Adapter -> tensors in PEFT's form --------------------------------------------------------------------------------
+def module_tensors(config: Mapping[str, Any], name: str, factors: Factors) -> dict[str, tuple[str, Tensor]]:
+    """PEFT's key and tensor of each part (A, B, bias, magnitude) of one module; the scale is not applied.
+
+    Raises:
+        AdapterMismatch: a bias or magnitude that the configuration does not have, or the other way round.
+        ValueError: a tensor has NaN or infinite entries.
+    """
+    for part, switch in (("bias", "lora_bias"), ("magnitude", "use_dora")):
+        held = getattr(factors, part)
+        if bool(config.get(switch)) != (held is not None):
+            raise AdapterMismatch(
+                f"module {name} has {'no' if held is None else 'a'} {part} but {switch}={config.get(switch)!r}"
+            )
+    kind = str(config.get("peft_type", "LORA")).lower()
+    ones = [1] * (len(factors.kernel) - 1 if factors.kernel else 0)
+    end = "" if factors.embedding or kind == "hira" else ".weight"
+    stem = f"{PREFIX}{name}.{kind}_" + ("embedding_" if factors.embedding else "")
+    a = factors.A.reshape(factors.rank, *factors.kernel) if factors.kernel else factors.A
+    parts = {"A": (f"{stem}A{end}", a), "B": (f"{stem}B{end}", factors.B.reshape(*factors.B.shape, *ones))}
+    if factors.bias is not None:
+        parts["bias"] = (f"{stem}B.bias", factors.bias)
+    if factors.magnitude is not None:
+        shaped = factors.magnitude.reshape(1, -1, *ones) if ones else factors.magnitude
+        parts["magnitude"] = (f"{PREFIX}{name}.lora_magnitude_vector", shaped)
+    for part, (_, tensor) in parts.items():
+        _finite(tensor, f"module {name}: {part}")
+    return parts
+
+
+def extra_key(adapter: Adapter, path: str) -> str:
+    """PEFT's key of a parameter beside the factors: PEFT moves those of an adapted module to ``base_layer``."""
+    for dot in re.finditer(r"\.", path):
+        if path[: dot.start()] in adapter.modules:
+            return f"{PREFIX}{path[: dot.start()]}.base_layer{path[dot.start() :]}"
+    return PREFIX + path
+
+
+def to_state_dict(adapter: Adapter, *, bake: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in PEFT's form with their keys, one module at a time.
+
+    Args:
+        adapter: what to write.
+        bake: multiply the scale into B (and its bias), to go with ``settled(..., bake=True)``. Without it the factors
+            are given as they are, for a configuration that already says every scale.
+
+    Example:
+        >>> a = Adapter({"peft_type": "LORA"}, {"h.0.q": Factors(B=torch.ones(3, 1), A=torch.ones(1, 2), scale=2.0)})
+        >>> [(key, tensor.max().item()) for key, tensor in to_state_dict(a)]
+        [('base_model.model.h.0.q.lora_A.weight', 1.0), ('base_model.model.h.0.q.lora_B.weight', 2.0)]
+    """
+    for name in adapter.modules:
+        factors = adapter.modules[name]
+        yield from module_tensors(adapter.config, name, factors.baked() if bake else factors).values()
+    for path in adapter.extras:
+        yield extra_key(adapter, path), _finite(adapter.extras[path], path)
+
+
+def knows_targets(adapter: Adapter) -> bool:
+    """Whether the configuration selects just the modules that are there: they are those of one of the inputs."""
+    mark = digest(adapter.config, adapter.modules)
+
+    def found(node: Any) -> bool:
+        if isinstance(node, Mapping):
+            return node.get("targets") == mark or any(found(value) for value in node.values())
+        return isinstance(node, list | tuple) and any(found(value) for value in node)
+
+    return found(adapter.provenance)

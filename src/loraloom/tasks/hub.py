@@ -1,0 +1,191 @@
+"""Data sets of the hub, or of a local folder, as tasks: read by ``datasets``, never running code of theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from loraloom.tasks import Example, Rows
+from loraloom.tasks.splits import PARTS, Row, normal
+
+
+@dataclass(frozen=True)
+class HubTask:
+    """Which data set, and what its columns mean; plain values, so that a recipe can carry it.
+
+    Attributes:
+        dataset: hub id, or a local folder (files of jsonl, csv, parquet or images, or made by ``save_to_disk``).
+        content: the column of the text or image; or a template over columns (``"{premise} {hypothesis}"``).
+        label: the column of the right answer: a number (index into the labels or choices) or the answer itself.
+        labels: the classes, in order; if not told, those of the column (its class names, else its sorted values).
+        choices: the column of the possible answers where they differ: a list of strings, or a mapping with ``text``
+            and, if the answer is told by name, ``label``.
+        prompt: as in ``Task.prompt``.
+        group: a column whose equal values bind rows together (a shared context).
+        config: the data set's configuration, if it has several.
+        train: name of its training split.
+        validation: name of its validation split; empty: taken out of train.
+        test: name of its test split; empty: taken out of train. Where the published test part has no labels, give
+            ``test="validation", validation=""``.
+        revision: which version of a hub data set (a commit, for exact repetition).
+    """
+
+    dataset: str
+    content: str
+    label: str
+    labels: tuple[str, ...] = ()
+    choices: str = ""
+    prompt: str = "{content}\nAnswer:"
+    group: str = ""
+    config: str = ""
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    revision: str = ""
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read.
+
+        Example:
+            >>> HubTask("glue", content="{premise} {hypothesis}", label="label").columns()
+            ('premise', 'hypothesis', 'label')
+        """
+        content = [self.content]
+        if "{" in self.content:
+            content = [field for _, field, _, _ in string.Formatter().parse(self.content) if field]
+        return tuple(dict.fromkeys([*content, self.label, *filter(None, (self.choices, self.group))]))
+
+
+class Found(NamedTuple):
+    """Rows of a data set with what it tells of itself."""
+
+    rows: Rows
+    modality: Literal["text", "image"]
+    licence: str
+
+
+def hub_rows(task: HubTask) -> Found:
+    """Read a data set as rows.
+
+    Raises:
+        ValueError: a split or a column is not there (the message lists those that are), or a label is not among
+            the labels or choices.
+        OSError: the data set cannot be reached.
+    """
+    parts = _load(task)
+    columns = parts["train"].column_names
+    for column in task.columns():
+        if column not in columns:
+            raise ValueError(f"data set {task.dataset}: there is no column {column!r}; columns: {', '.join(columns)}")
+    features = parts["train"].features
+    modality: Literal["text", "image"] = "image" if type(features.get(task.content)).__name__ == "Image" else "text"
+    labels = () if task.choices else task.labels or _labels(task, features[task.label], parts["train"])
+    rows: list[Row] = []
+    where: list[tuple[str, int]] = []
+    answers: list[tuple[tuple[str, ...], int]] = []
+    for part, data in parts.items():
+        plain = data.select_columns(list(task.columns()))
+        for i, record in enumerate(_undecoded(plain, task.content) if modality == "image" else plain):
+            choices, label = _answer(task, record, labels)
+            content = _digest(record[task.content]) if modality == "image" else normal(_text(task, record))
+            bond = str(record[task.group]) if task.group else ("" if labels else content)
+            asked = content if labels else "\0".join([content, *sorted(choices)])
+            rows.append(Row(asked, choices[label], bond, "" if part == "train" else part))
+            where.append((part, i))
+            answers.append((choices, label))
+
+    def make(k: int) -> Example:
+        part, i = where[k]
+        record = parts[part][i]
+        content = np.array(record[task.content].convert("RGB")) if modality == "image" else _text(task, record)
+        return Example(content, *answers[k], group=rows[k].group)
+
+    return Found(Rows(rows, make, labels), modality, parts["train"].info.license or "unknown")
+
+
+def _load(task: HubTask) -> dict[str, Any]:
+    """The splits that there are, under our names."""
+    import datasets
+
+    folder = Path(task.dataset).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            found = datasets.load_from_disk(str(folder))
+        else:
+            path = str(folder) if folder.is_dir() else task.dataset
+            found = datasets.load_dataset(path, task.config or None, revision=task.revision or None)
+    except OSError as error:
+        raise OSError(f"data set {task.dataset} cannot be read: {_line(error)}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"data set {task.dataset} cannot be read: {_line(error)}") from error
+    if not isinstance(found, datasets.DatasetDict):
+        found = {"train": found}
+    named = {"train": task.train, "validation": task.validation, "test": task.test}
+    told = {part: HubTask.__dataclass_fields__[part].default for part in PARTS}
+    parts = {}
+    for part, name in named.items():
+        if name in found:
+            parts[part] = found[name]
+        elif name and (part == "train" or name != told[part]):  # a default name that is not there is no error
+            raise ValueError(f"data set {task.dataset}: there is no split {name!r}; splits: {', '.join(found)}")
+    return parts
+
+
+def _labels(task: HubTask, feature: Any, train: Any) -> tuple[str, ...]:
+    """The class names of the label column, else its values in order."""
+    if hasattr(feature, "names"):
+        return tuple(feature.names)
+    return tuple(str(value) for value in sorted(train.unique(task.label)))
+
+
+def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """Choices of a record and the index of the right one."""
+    names: Sequence[str] = ()
+    choices = labels
+    if task.choices:
+        told = record[task.choices]
+        if isinstance(told, dict):
+            names = [str(name) for name in told.get("label", ())]
+            told = told.get("text", ())
+        choices = tuple(str(choice) for choice in told)
+    value = record[task.label]
+    if str(value) in names:
+        return choices, names.index(str(value))
+    if str(value) in choices:
+        return choices, choices.index(str(value))
+    if isinstance(value, int | bool) and 0 <= value < len(choices):
+        return choices, int(value)
+    raise ValueError(f"data set {task.dataset}: label {value!r} is not among {', '.join(choices) or 'no choices'}")
+
+
+def _text(task: HubTask, record: dict[str, Any]) -> str:
+    """The content of a record as text."""
+    if "{" in task.content:
+        return task.content.format_map({name: str(value) for name, value in record.items()})
+    return str(record[task.content])
+
+
+def _undecoded(data: Any, column: str) -> Any:
+    """The same data with image files as bytes: only the images that are wanted are decoded, later."""
+    import datasets
+
+    return data.cast_column(column, datasets.Image(decode=False))
+
+
+def _digest(image: dict[str, Any]) -> str:
+    """A name for the content of an image file."""
+    content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message, without addresses."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    words = (lines[0] if lines else type(error).__name__).split()
+    return " ".join(word for word in words if "://" not in word)

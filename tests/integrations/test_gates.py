@@ -1,0 +1,309 @@
+"""Gates: what they refuse, what is restored when, and how far the backward pass reaches."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loraloom.adapter import UnsupportedKind
+from loraloom.integrations.gates import Gates, applied, set_dropout
+from loraloom.strategies.dropout import ProgressiveDropout
+from loraloom.strategies.progressive import CoTo
+
+WIDTH = 16
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer.inner(x))
+        return x
+
+
+def lora(dropout: float = 0.0, **extra) -> nn.Module:
+    config = {"init_lora_weights": False, "r": 2, "lora_dropout": dropout, **extra}
+    return peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["inner"], **config))
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_without_peft_layers():
+    with pytest.raises(ValueError, match=r"Linear.*no PEFT layers"):
+        Gates(nn.Linear(2, 2))
+
+
+def test_merged_layers_are_refused_by_name():
+    model = lora()
+    gates = Gates(model)
+    model.merge_adapter()
+    with pytest.raises(UnsupportedKind, match=r"layers\.0\.inner is merged"):
+        gates.set([True, False, True])
+    with pytest.raises(UnsupportedKind, match=r"layers\.0\.inner is merged"):
+        Gates(model)
+    model.unmerge_adapter()
+    gates.set([True, False, True])
+
+
+def test_the_number_of_gates_must_fit():
+    gates = Gates(lora())
+    with pytest.raises(ValueError, match="2 values for 3 units"):
+        gates.set([True, False])
+
+
+@pytest.mark.parametrize(
+    ("unit", "units"),
+    [
+        ("module", ("layers.0.inner", "layers.1.inner", "layers.2.inner")),
+        ("projection", ("inner",)),
+        (r"layers\.[02]", ("layers.0", "layers.2")),
+    ],
+)
+def test_units_and_what_is_in_none(unit, units):
+    gates = Gates(lora(), unit)
+    assert gates.units == units
+    gates.set([False] * len(units))
+    state = Gates(lora()).state()
+    assert state == (True, True, True)
+    closed = [layer for layers in gates._layers.values() for layer in layers if layer.disable_adapters]
+    assert len(closed) == sum(len(names) for names in gates.modules.values())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", "mica", "gaussian", True])
+def test_starts_that_change_the_base_are_refused(start):
+    net = Net()
+    weight = net.layers[0].inner.weight.detach().clone()
+    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["inner"], r=2, init_lora_weights=start))
+    kept = torch.equal(model.base_model.model.layers[0].inner.base_layer.weight, weight)
+    gates = Gates(model)
+    gates.set([True, True, True])
+    if kept:
+        gates.set([True, False, True])
+        return
+    with pytest.raises(UnsupportedKind, match=f"init_lora_weights='{start}'"):
+        gates.set([True, False, True])
+
+
+def test_shadow_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(llama(), peft.ShadowConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(UnsupportedKind, match="ShadowLayer"):
+        Gates(model)
+
+
+def test_xlora_is_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+        base = llama()
+        base.config.use_cache = False
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=WIDTH, adapters={"a": str(tmp_path / "a")})
+        model = peft.get_peft_model(base, config)
+    with pytest.raises(UnsupportedKind, match="XLoraModel"):
+        Gates(model)
+
+
+def test_modules_saved_whole_have_no_gate():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(
+            target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices={"embed_tokens": [1, 2]}
+        )
+        model = peft.get_peft_model(llama(), config)
+    assert Gates(model).units == tuple(f"model.layers.{at}" for at in range(3))
+
+
+def test_a_wrapped_model_has_the_same_units():
+    class Parallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = lora()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations on the first use of its compiler
+        compiled = torch.compile(model)
+    assert Gates(Parallel(model)).modules == Gates(model).modules == Gates(compiled).modules
+
+
+# ---------------------------------------------------------------------------------------------------- applied
+
+
+def test_applied_opens_afterwards_even_after_an_exception():
+    model, plan = lora(), CoTo(total_steps=100, seed=3)
+    trainable = flags(model)
+    with pytest.raises(KeyError), applied(plan, model, 0) as gates:
+        assert gates.state() == plan.active(0, gates.units)
+        assert not all(gates.state())
+        raise KeyError
+    assert Gates(model).state() == (True,) * 3
+    assert flags(model) == trainable
+
+
+def test_plan_applied_is_the_same():
+    model, plan = lora(), CoTo(total_steps=100)
+    for step in (0, 20, 40, 80):
+        with plan.applied(model, step):
+            assert Gates(model).state() == plan.active(step, Gates(model).units)
+
+
+def test_nested_applied_restores_the_outer_state():
+    model, plan = lora(), CoTo(total_steps=100, seed=1)
+    units = Gates(model).units
+    with plan.applied(model, 0):
+        outer = Gates(model).state()
+        for step in range(1, 100, 9):
+            with plan.applied(model, step):
+                assert Gates(model).state() == plan.active(step, units)
+            assert Gates(model).state() == outer == plan.active(0, units)
+    assert Gates(model).state() == (True,) * 3
+
+
+def test_adapters_that_the_user_disabled_stay_so():
+    model, plan = lora(), CoTo(total_steps=100)
+    model.base_model.model.layers[1].inner._disable_adapters = True
+    with plan.applied(model, 100) as gates:
+        assert gates.state() == (True, False, True)
+    assert Gates(model).state() == (True, False, True)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=5))
+def test_any_sequence_of_sets_ends_as_the_last_and_opens(states):
+    model = lora()
+    gates, trainable = Gates(model), flags(model)
+    for state in states:
+        gates.set(state)
+        assert gates.state() == state
+    gates.open()
+    assert gates.state() == (True,) * 3 and flags(model) == trainable
+
+
+# ---------------------------------------------------------------------------------------------------- dropout
+
+
+def dropouts(model: nn.Module) -> list[float]:
+    return [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def test_progressive_dropout_is_set_inside_and_restored():
+    model, plan = lora(dropout=0.05), ProgressiveDropout(total_steps=100, start=0.8, end=0.25)
+    with plan.applied(model, 0):
+        assert dropouts(model) == [0.8] * 3
+        with plan.applied(model, 100):
+            assert dropouts(model) == [0.25] * 3
+        assert dropouts(model) == [0.8] * 3
+        assert Gates(model).state() == (True,) * 3
+    assert dropouts(model) == [0.05] * 3
+
+
+def test_dropout_needs_a_dropout():
+    with pytest.raises(ValueError, match="no input dropout"):
+        set_dropout(lora(), 0.5)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        set_dropout(lora(dropout=0.1), 1.0)
+    model = lora(dropout=0.1)
+    set_dropout(model, 0.5)
+    assert dropouts(model) == [0.5] * 3
+
+
+# ------------------------------------------------------------------------------------- backward and checkpointing
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def llama_with_lora(checkpointing: bool) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks Transformers by a name that is deprecated
+        config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(llama(), config)
+    if checkpointing:
+        # twice, as TRL and the Trainer do: Transformers forgets the hooks of the first call
+        model.enable_input_require_grads()
+        model.base_model.model.activation_checkpointing_enable()
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("lowest", [0, 1, 2])
+def test_nothing_below_the_lowest_active_unit_is_back_propagated(checkpointing, lowest):
+    model = llama_with_lora(checkpointing)
+    ids = torch.arange(12).reshape(2, 6)
+    gates = Gates(model)
+    gates.set([at >= lowest for at in range(3)])
+    runs, reached = [0, 0, 0], [0, 0, 0]
+
+    def count_forward(at):
+        def hook(module, args):
+            runs[at] += 1
+
+        return hook
+
+    def count_backward(at):
+        def hook(module, args, out):
+            hidden = out[0] if isinstance(out, tuple) else out
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: reached.__setitem__(at, reached[at] + 1))
+
+        return hook
+
+    for at, layer in enumerate(model.base_model.model.model.layers):
+        layer.register_forward_pre_hook(count_forward(at))
+        layer.register_forward_hook(count_backward(at))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert [count > 0 for count in reached] == [at >= lowest for at in range(3)]
+    if not checkpointing:
+        assert runs == [1, 1, 1]
+
+
+@pytest.mark.parametrize("state", [(True, False, True), (False, True, False), (True, True, True)])
+def test_checkpointed_gradients_are_the_plain_ones(state):
+    ids = torch.arange(12).reshape(2, 6)
+    found = []
+    for checkpointing in (False, True):
+        model = llama_with_lora(checkpointing)
+        Gates(model).set(state)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, checkpointed = found
+    for name, grad in plain.items():
+        assert (grad is None) == (checkpointed[name] is None) == (not state[int(name.split("layers.")[1][0])])
+        assert grad is None or torch.equal(grad, checkpointed[name])
+
+
+def test_reentrant_checkpointing_keeps_its_hook():
+    model = llama_with_lora(checkpointing=False)
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": True})
+    Gates(model)
+    embedding = model.base_model.model.model.embed_tokens
+    assert [hook.__name__ for hook in embedding._forward_hooks.values()] == ["make_inputs_require_grads"]
