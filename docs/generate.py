@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo
 
-from loraloom.catalogue import KINDS, registry
+from loraloom.listing import KINDS, registry
 from loraloom.registry import Technique
 
 HERE = Path(__file__).parent
@@ -29,7 +29,8 @@ INTRO = {
     "methods": "Merge methods: how `loraloom merge --method NAME` and `ll.merge(adapters, method=NAME)` bring adapters "
     "together. The space a method works in is a second, separate choice (`--space`).",
     "schedules": "Schedules: how the chance that a unit takes part in training rises: "
-    "`p(t) = start + (1 - start) f(x)` for the share x of the ramp. Choose one with `ll.CoTo(curve=NAME)` or `strategy.curve` in a recipe.",
+    "`p(t) = start + (1 - start) f(x)` for the share x of the ramp. Choose one with `ll.CoTo(curve=NAME)` or "
+    "`strategy.curve` in a recipe.",
     "tasks": "Tasks that come with the library: real data from registry packages, fetched once, then offline. Data "
     "sets of the hub or of a local folder work too, by name or path.",
     "models": "Models that come with the library: real weights from registry packages, fetched once, then offline. "

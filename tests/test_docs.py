@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.catalogue import KINDS, registry
+from loraloom.listing import KINDS, registry
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "docs" / "generate.py"

@@ -173,7 +173,9 @@ def test_an_accepted_name_stays_below_the_folder(name: str) -> None:
     assert root in Path(packages.os.path.normpath(path)).parents
 
 
-def test_an_sdist_is_pinned_before_pip_may_run_it(tmp_path: Path, cache: Path, registry: list) -> None:
+def test_an_sdist_is_pinned_before_pip_may_run_it(
+    tmp_path: Path, cache: Path, registry: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="needs the sha256 of the archive"):
         Package("demo-pack==1.0", {}, kind="sdist")
     package = shelve(tmp_path, "sdist", FILES, (), {"demo/a.txt": sha(b"alpha")})
@@ -184,7 +186,7 @@ def test_an_sdist_is_pinned_before_pip_may_run_it(tmp_path: Path, cache: Path, r
         asked.append(Path(command[command.index("--requirement") + 1]).read_text())
         return original(command, cwd, **more)
 
-    packages.subprocess.run = run  # the registry fixture puts the true one back
+    monkeypatch.setattr(packages.subprocess, "run", run)
     assert (fetch(package) / "demo/a.txt").read_bytes() == b"alpha"
     assert asked == [f"demo-pack==1.0 --hash=sha256:{package.archive}\n"]
     other = Package("demo-pack==1.0", {"demo/b.txt": sha(b"beta")}, kind="sdist", archive="0" * 64)

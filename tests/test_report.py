@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.report import Bars, Curve, Heatmap, Report, Series, Table, read, replace_file, write
+from loraloom.report import Bars, Curve, Heatmap, Report, Series, Table, page, read, replace_file, write
 from report_demo import EVIL, demo_report, evil_report
 
 EXACT = settings(derandomize=True, deadline=None, max_examples=60)
@@ -173,6 +173,20 @@ def test_several_are_joined_and_keep_apart(tmp_path):
     assert "Other: Else." in both.summary
 
 
+def test_a_page_of_results_is_written_once_unless_asked(tmp_path):
+    write(demo_report(), tmp_path / "run")
+    out = tmp_path / "pages" / "all.html"
+    assert page([tmp_path / "run"], out) == out
+    assert out.read_text(encoding="utf-8") == demo_report().to_html()
+    write(Report("Other", "Else."), tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"all\.html is there already; --overwrite replaces it"):
+        page([tmp_path / "run"], out)
+    page([tmp_path / "run"], out, overwrite=True)
+    assert "Else." in out.read_text(encoding="utf-8")
+    with pytest.raises(FileExistsError, match="is a folder"):
+        page([tmp_path / "run"], tmp_path, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -276,26 +290,26 @@ def test_page_is_self_contained_and_accessible():
     report = demo_report()
     html = report.to_html()
     assert html.count(get_plotlyjs()) == 1
-    page = Outline(html)
+    outline = Outline(html)
     own = html.replace(get_plotlyjs(), "")
     assert not re.search(r"https?://|//cdn|@import|url\(", own)
-    assert all("src" not in attrs for _, attrs in page.elements)
-    assert page.all("html") == [{"lang": "en"}]
-    assert len(page.all("h1")) == 1
-    assert len(page.all("h2")) == len(report.panels) + 1
-    assert all(attrs.get("scope") in ("col", "row") for attrs in page.all("th"))
-    plots = [attrs for attrs in page.all("div") if attrs.get("role") == "img"]
+    assert all("src" not in attrs for _, attrs in outline.elements)
+    assert outline.all("html") == [{"lang": "en"}]
+    assert len(outline.all("h1")) == 1
+    assert len(outline.all("h2")) == len(report.panels) + 1
+    assert all(attrs.get("scope") in ("col", "row") for attrs in outline.all("th"))
+    plots = [attrs for attrs in outline.all("div") if attrs.get("role") == "img"]
     assert len(plots) == sum(not isinstance(panel, Table) for panel in report.panels)
     assert all(len(attrs["aria-label"]) > 40 for attrs in plots)
-    assert len(page.all("details")) == len(plots)
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(outline.all("details")) == len(plots)
+    ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert {a["href"][1:] for a in page.all("a")} <= set(ids)
-    assert {attrs["aria-labelledby"] for attrs in page.all("section")} <= set(ids)
+    assert {a["href"][1:] for a in outline.all("a")} <= set(ids)
+    assert {attrs["aria-labelledby"] for attrs in outline.all("section")} <= set(ids)
     for panel in report.panels:
-        assert panel.command in page.texts or not panel.command
-    assert "recipe.learning_rate" in page.texts
-    assert "0.0025" in page.texts
+        assert panel.command in outline.texts or not panel.command
+    assert "recipe.learning_rate" in outline.texts
+    assert "0.0025" in outline.texts
 
 
 def test_markdown_has_every_number_and_breaks_no_table():

@@ -16,24 +16,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, concat, truncate
-    from loraloom.catalogue import catalogue
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
     from loraloom.integrations.trainer import CoToCallback
+    from loraloom.listing import catalogue
     from loraloom.ops.interpolate import interpolate
     from loraloom.ops.merge import merge
     from loraloom.ops.prune import prune
+    from loraloom.overview import cosines, summary
     from loraloom.probes.connectivity import connectivity
     from loraloom.recipe import Recipe, train
     from loraloom.recipe import read as read_recipe
     from loraloom.store import load, save
     from loraloom.strategies.dropout import ProgressiveDropout
     from loraloom.strategies.progressive import CoTo
-    from loraloom.summary import cosines, summary
     from loraloom.tasks import load_task
 
 _HOME = {
     **dict.fromkeys(["Adapter", "AdapterMismatch", "Factors", "UnsupportedKind", "concat", "truncate"], "adapter"),
-    "catalogue": "catalogue",
+    "catalogue": "listing",
     **dict.fromkeys(["Evaluation", "bench", "evaluate", "score"], "integrations.scoring"),
     "CoToCallback": "integrations.trainer",
     "interpolate": "ops.interpolate",
@@ -45,7 +45,7 @@ _HOME = {
     **dict.fromkeys(["load", "save"], "store"),
     "ProgressiveDropout": "strategies.dropout",
     "CoTo": "strategies.progressive",
-    **dict.fromkeys(["cosines", "summary"], "summary"),
+    **dict.fromkeys(["cosines", "summary"], "overview"),
     "load_task": "tasks",
 }
 

@@ -173,11 +173,10 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     u, s, vh = factors.svd()
     kept = min(rank, len(s))
     root = s[:kept].sqrt()
-    b = torch.zeros(factors.shape.out, rank, dtype=torch.float64)
-    a = torch.zeros(rank, factors.shape.in_, dtype=torch.float64)
+    b, a = u.new_zeros(factors.shape.out, rank), u.new_zeros(rank, factors.shape.in_)
     b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * vh[:kept]
     total, tail = float(s.norm()), float(s[kept:].norm())
-    cut = replace(factors, B=b.to(factors.dtype), A=a.to(factors.dtype), scale=1.0)
+    cut = replace(factors.baked(), B=b.to(factors.dtype), A=a.to(factors.dtype))
     return cut, (tail / total if total > 0 else 0.0)
 
 

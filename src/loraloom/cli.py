@@ -29,6 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable res
 One = Annotated[Path, typer.Argument(metavar="A", help="An adapter folder.", show_default=False)]
 Many = Annotated[list[Path], typer.Argument(metavar="A B...", help="Adapter folders.", show_default=False)]
 Space = StrEnum("Space", ["factors", "delta"])
+Extras = StrEnum("Extras", ["refuse", "average"])
 What = StrEnum("What", ["methods", "schedules", "tasks", "models", "probes"])
 
 
@@ -107,7 +108,9 @@ def merge(
     density: Annotated[Optional[float], typer.Option(help="Share kept, in (0, 1].")] = None,  # noqa: UP045
     rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the result.")] = None,  # noqa: UP045
     space: Annotated[Optional[Space], typer.Option(help="Where the method works.")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of methods that draw.")] = 0,
+    extras: Annotated[Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")] = Extras.refuse,
+    allow_different_bases: Annotated[bool, typer.Option(help="Base models of different names.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -122,6 +125,8 @@ def merge(
         rank=rank,
         space=space.value if space else None,
         seed=seed,
+        extras=extras.value,
+        same_base=not allow_different_bases,
     )
     _save(merged, out, overwrite, as_json)
 
@@ -132,6 +137,7 @@ def interpolate(
     b: Annotated[Path, typer.Argument(metavar="B", show_default=False)],
     out: Out,
     at: Annotated[float, typer.Option("--at", help="0 is A, 1 is B.")] = 0.5,
+    allow_different_bases: Annotated[bool, typer.Option(help="Base models of different names.")] = False,
     space: Annotated[Space, typer.Option(help="factors: (1-t)B_a + t B_b and so A; delta: the updates.")] = Space.delta,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -139,7 +145,8 @@ def interpolate(
     """One point of the path between two adapters."""
     import loraloom as ll
 
-    _save(ll.interpolate(ll.load(a), ll.load(b), at=at, space=space.value), out, overwrite, as_json)
+    point = ll.interpolate(ll.load(a), ll.load(b), at=at, space=space.value, same_base=not allow_different_bases)
+    _save(point, out, overwrite, as_json)
 
 
 @_command("prune")
@@ -150,6 +157,7 @@ def prune(
     modules: Annotated[str, typer.Option(help="Projections to keep, with commas: q_proj,v_proj.")] = "",
     density: Annotated[Optional[float], typer.Option(help="Share of entries kept by magnitude, in (0, 1].")] = None,  # noqa: UP045
     space: Annotated[Space, typer.Option(help="Whose entries: the factors' or the dense update's.")] = Space.factors,
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the result, with --space delta.")] = None,  # noqa: UP045
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -157,7 +165,7 @@ def prune(
     import loraloom as ll
 
     pruned = ll.prune(
-        ll.load(adapter), keep=keep or None, modules=modules or None, density=density, space=space.value
+        ll.load(adapter), keep=keep or None, modules=modules or None, density=density, space=space.value, rank=rank
     )
     _save(pruned, out, overwrite, as_json)
 

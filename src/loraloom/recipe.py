@@ -220,11 +220,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
         record = adapter.provenance["record"]
         return Trained(adapter, recipe.output, record["seconds"], tuple(record["log"]))
     check_output(recipe.output, overwrite)
-    work = _working_folder(recipe, resume=resume, overwrite=overwrite)
     bench = edge("scoring").bench(
         recipe.model, recipe.task, dtype=recipe.dtype, train_limit=recipe.data.train_limit, **_data_options(recipe)
     )
-    trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
+    work = _working_folder(recipe, resume=resume, overwrite=overwrite)
+    try:
+        trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
+    except (ValueError, OSError):
+        if not any(work.glob("checkpoint-*")):  # refused before the first step: nothing to go on with
+            shutil.rmtree(work)
+        raise
     shutil.rmtree(work)
     return trained
 

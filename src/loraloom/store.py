@@ -70,6 +70,11 @@ def load(path: str | Path) -> Adapter:
         FileNotFoundError: no such folder, configuration or weight file.
         UnsupportedKind: another PEFT type, a variant that factors cannot express, or a pickle.
         ValueError: the folder is damaged; also on reading a module with NaN or infinite entries.
+
+    Example:
+        >>> load("nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere is not a folder with an adapter (adapter_config.json and adapter_model.safetensors)
     """
     folder = Path(path)
     if folder.name.endswith(UNFINISHED):
@@ -130,25 +135,26 @@ def fingerprint(source: Adapter | str | Path) -> str:
     return fingerprint(path)
 
 
-def _recorded(node: Any) -> Any:
+def _recorded(node: Any, *, hashed: bool) -> Any:
     """Provenance as it is written: folders get their hash, what only this run can use is left out."""
     if isinstance(node, Mapping):
-        kept = {str(key): _recorded(value) for key, value in node.items() if key not in ("path", "stamp", "targets")}
-        if "stamp" in node:
+        local = ("path", "stamp", "targets")
+        kept = {str(key): _recorded(value, hashed=hashed) for key, value in node.items() if key not in local}
+        if "stamp" in node and hashed:
             file = Path(node["path"]) / WEIGHTS
             same = file.is_file() and _stamp(file) == list(node["stamp"])
             # An input that was replaced or removed since it was loaded can no longer be hashed; its name remains.
             kept["sha256"] = fingerprint(node["path"]) if same else None
         return kept
-    return [_recorded(value) for value in node] if isinstance(node, list | tuple) else node
+    return [_recorded(value, hashed=hashed) for value in node] if isinstance(node, list | tuple) else node
 
 
-def _record(adapter: Adapter, command: str) -> dict[str, Any]:
+def _record(adapter: Adapter, command: str, *, hashed: bool = True) -> dict[str, Any]:
     from loraloom import __version__
 
     past = adapter.provenance
     made = {"operation": "copy", "inputs": [past]} if "stamp" in past else past
-    record = {**_recorded(made), "loraloom": __version__, "command": command}
+    record = {**_recorded(made, hashed=hashed), "loraloom": __version__, "command": command}
     try:
         json.dumps(record)
     except TypeError as error:
@@ -323,19 +329,29 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
     Raises:
         FileExistsError: ``path`` is there, or holds more than an adapter, or another process was faster.
         AdapterMismatch, ValueError: the adapter is not whole (no modules, NaN, a magnitude without DoRA).
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from loraloom.adapter import Factors
+        >>> a = Adapter({"peft_type": "LORA"}, {"layers.0.q": Factors(torch.ones(3, 1), torch.ones(1, 2), scale=0.5)})
+        >>> with TemporaryDirectory() as folder:
+        ...     again = load(save(a, f"{folder}/a"))
+        ...     again.modules["layers.0.q"].delta().sum()
+        tensor(3.)
     """
     target = Path(path).resolve()
     _refuse(target, overwrite)
     check_config(adapter.config, "configuration")
     if not adapter.modules:
         raise ValueError(f"{adapter!r} has no modules; PEFT cannot load such an adapter")
-    record = _record(adapter, command)
+    _record(adapter, command, hashed=False)  # a record that cannot be written is refused before the work, not after
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
     work.mkdir()
     try:
         with (work / "spool").open("w+b") as spool:
             pieces, ranks, bake = _fill(adapter, spool)
+            record = _record(adapter, command)  # now: operators may note what they saw while modules were read
             record["sha256"] = _write_safetensors(pieces, spool, work / WEIGHTS, bake)
         (work / "spool").unlink()
         config = settled(adapter.config, ranks, bake=bake, retarget=not knows_targets(adapter))

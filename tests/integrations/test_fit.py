@@ -150,7 +150,7 @@ def test_impossible_options_are_refused(tmp_path: Path, given: dict[str, Any], m
 
 def test_a_folder_with_checkpoints_is_resumed_or_refused(tmp_path: Path) -> None:
     model = tiny.model()
-    first = options(tmp_path, save_every=5)
+    first = options(tmp_path, save_every=5, log_every=2)
     done = fit(model, tiny.sentences(), collate=tiny.collate, options=first)
     assert done.resumed_from == 0 and done.seconds > 0 and (tmp_path / "checkpoint-5").is_dir()
     with pytest.raises(ValueError, match=r"has checkpoints already \(checkpoint-5\)"):

@@ -79,7 +79,7 @@ def trainer_of(folder: Path, model: nn.Module, *callbacks: TrainerCallback, **gi
 
 
 def watch_forwards(model: nn.Module, spy: Spy, trainer: Callable[[], Trainer]) -> None:
-    """Note the gates inside every forward, in the last layer: that one is computed again where there is checkpointing."""
+    """Note the gates inside every forward, in the last layer: it is computed again where there is checkpointing."""
 
     def note(module: nn.Module, inputs: Any) -> None:
         trains = module.training and torch.is_grad_enabled()
@@ -110,7 +110,7 @@ def test_every_training_forward_of_a_step_sees_its_draw(tmp_path: Path, accumula
     watch_forwards(model, spy, lambda: trainer)
     trainer.train()
     drawn = [(step, plan().active(step, tiny.UNITS)) for step in range(6)]
-    assert len(set(state for _, state in drawn)) > 2  # draws differ, or the test shows nothing
+    assert len({state for _, state in drawn}) > 2  # draws differ, or the test shows nothing
     assert spy.of("step_begin") == drawn  # once an optimizer step
     passes = accumulate * (2 if checkpointing else 1)  # computed again in backward, under the same draw
     assert spy.of("training forward") == [entry for entry in drawn for _ in range(passes)]
@@ -282,11 +282,11 @@ def test_total_steps_come_from_the_trainer_or_must_agree(tmp_path: Path) -> None
 
 
 def test_reporters_and_the_history_get_the_numbers(tmp_path: Path) -> None:
-    class Reporter(TrainerCallback):
-        logs: list[dict[str, float]] = []
+    reported: list[dict[str, float]] = []
 
+    class Reporter(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            self.logs.append({**logs, "step": state.global_step})
+            reported.append({**logs, "step": state.global_step})
 
     model = tiny.model()
     held_out = tiny.sentences(4)
@@ -302,8 +302,8 @@ def test_reporters_and_the_history_get_the_numbers(tmp_path: Path) -> None:
     )
     trainer.callback_handler.callbacks.insert(0, Reporter())  # where TensorBoard and its like stand
     trainer.train()
-    assert trainer.state.log_history == Reporter.logs
-    training = [entry for entry in Reporter.logs if "loss" in entry]
+    assert trainer.state.log_history == reported
+    training = [entry for entry in reported if "loss" in entry]
     assert [entry["step"] for entry in training] == [2, 4, 6]
     for entry in training:
         step = int(entry["step"]) - 1  # the step that closes the log
@@ -314,7 +314,7 @@ def test_reporters_and_the_history_get_the_numbers(tmp_path: Path) -> None:
         on = [unit for unit, is_on in zip(tiny.UNITS, active, strict=True) if is_on]
         assert list(norms) == [f"coto/grad_norm/{unit}" for unit in on]
         assert math.isclose(math.hypot(*norms.values()), entry["grad_norm"], rel_tol=1e-5)
-    assert not any("coto" in key for entry in Reporter.logs if "loss" not in entry for key in entry)
+    assert not any("coto" in key for entry in reported if "loss" not in entry for key in entry)
 
 
 @pytest.mark.parametrize(("strategy", "steps"), [("epoch", [6]), ("no", [])])

@@ -198,6 +198,14 @@ def test_saved_and_loaded_it_is_the_same_adapter(tmp_path):
         assert matches(loaded.modules[name], ensemble([a, b], [0.5, -1.0], name))
 
 
+def test_the_errors_of_a_cut_reach_the_folder(tmp_path):
+    a, b = (random_adapter(seed, SIZES, target_modules=["q", "v", "fc"]) for seed in (1, 2))
+    save(merge([a, b], rank=3), tmp_path / "cut")
+    written = load(tmp_path / "cut").provenance["record"]["error"]
+    expected = {name: best(ensemble([a, b], [0.5, 0.5], name), 3)[1] for name in SIZES}
+    assert written == pytest.approx(expected) and min(expected.values()) > 0
+
+
 # ---- biases, kinds, layouts, extras ----
 
 

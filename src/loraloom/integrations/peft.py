@@ -89,15 +89,14 @@ def _put_on(model: nn.Module, adapter: Adapter) -> nn.Module:
             # PEFT 0.21 asks the model for a name that Transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             peft_model = get_peft_model(model, _peft_config(model, config), low_cpu_mem_usage=True)
-        result = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
+        result: Any = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}") from error
     stray = [*result.unexpected_keys, *(name for name, value in peft_model.named_parameters() if value.is_meta)]
     if stray:  # a tensor without a place, or a place of PEFT's without a tensor
-        error = LookupError(
-            f"{stray[0].removeprefix(PREFIX)} is only in {'the adapter' if result.unexpected_keys else 'the model'}"
-        )
-        raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}")
+        side = "the adapter" if result.unexpected_keys else "the model"
+        lost = LookupError(f"{stray[0].removeprefix(PREFIX)} is only in {side}")
+        raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, lost)}")
     peft_model.base_model._cast_adapter_dtype(adapter_name="default", autocast_adapter_dtype=True)
     return peft_model.eval()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loraloom.adapter import Adapter
 from loraloom.integrations.peft import attached
 from loraloom.models import models
+from loraloom.registry import UnknownName
 from loraloom.tasks import Example, Task, load_task
 from loraloom.tasks.metrics import Estimate, accuracy
 
@@ -160,7 +161,7 @@ class Bench:
             raise ValueError(
                 f"task {self.task.name}: its choices differ by example, which needs a causal model; {self.name} is not one"
             )
-        examples = list(self.task.splits["train"])[:PROTOTYPE_EXAMPLES]
+        examples = self.task.splits["train"][:PROTOTYPE_EXAMPLES]
         pool = _pool(self.name, self.family)
         blank = Prototypes(torch.zeros(1), torch.zeros(1, 1), pool)
         features = torch.cat([self._features(self.model, batch, blank) for batch in self._batches(examples)])
@@ -217,7 +218,9 @@ class Bench:
 
     def evaluate(self, adapter: Adapter | None, split: str = "test", limit: int | None = None) -> Evaluation:
         """Accuracy of the base with ``adapter`` (None: the base alone) on a split, with its interval."""
-        examples = list(self.task.splits[split])[:limit]
+        if split not in self.task.splits:
+            raise UnknownName("split", split, list(self.task.splits))
+        examples = self.task.splits[split][:limit]
         with attached(self.model, adapter) as model:
             training = model.training
             model.eval()

@@ -88,6 +88,6 @@ class Report:
 
     def to_html(self) -> str:
         """The report as one self-contained page: plotly.js is inside, nothing is fetched."""
-        from loraloom.report.page import page
+        from loraloom.report.webpage import webpage
 
-        return page(self)
+        return webpage(self)

@@ -75,6 +75,21 @@ def write(report: Report, folder: Path | str) -> None:
         replace_file(folder / name, text)
 
 
+def page(paths: Sequence[Path | str], out: Path | str = "report.html", *, overwrite: bool = False) -> Path:
+    """One HTML page from results.json files or folders that hold one (see ``read``); returns where it is.
+
+    Raises:
+        FileExistsError: ``out`` is there already and ``overwrite`` is off.
+    """
+    out = Path(out)
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise FileExistsError(f"{out} is {'a folder' if out.is_dir() else 'there already; --overwrite replaces it'}")
+    html = read(paths).to_html()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, html)
+    return out
+
+
 def replace_file(path: Path | str, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new and nothing between."""
     path = Path(path)

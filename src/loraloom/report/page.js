@@ -94,6 +94,8 @@
   const draw = (theme, size = {}) => panels.forEach((panel, index) => {
     const place = document.getElementById(`plot-${index}`);
     if (!place) return;
+    const rows = Math.max(0, (panel.series || []).length - 3) * (place.clientWidth < 560 ? 1 : 0.4); // of the legend
+    if (!size.height) place.style.height = rows ? `calc(var(--plot) + ${Math.ceil(rows) * 19}px)` : "";
     const { data, layout } = KINDS[panel.kind](panel, theme);
     const axis = { color: theme.ink, gridcolor: theme.grid, linecolor: theme.line, tickcolor: theme.line, ticks: "outside",
       ticklen: 4, showline: true, zeroline: false, automargin: true,

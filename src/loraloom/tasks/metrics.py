@@ -47,7 +47,7 @@ def accuracy(
 
     Example:
         >>> accuracy([True] * 80 + [False] * 20)
-        Estimate(value=0.8, low=0.72, high=0.87, n=100)
+        Estimate(value=0.8, low=0.71, high=0.88, n=100)
     """
     return _bootstrap(_answers(correct, "correct"), level, resamples, seed)
 

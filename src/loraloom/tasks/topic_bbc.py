@@ -32,7 +32,7 @@ def topic_bbc() -> Rows:
         articles = [json.loads(line) for line in lines]
     # Articles were published more than once with other endings: the headline binds them.
     examples = [
-        Example(f"{headline} {text}"[:LENGTH], LABELS, LABELS.index(topic), group=headline.casefold())
+        Example(f"{headline} {text}"[:LENGTH].strip(), LABELS, LABELS.index(topic), group=headline.casefold())
         for topic, headline, text in articles
     ]
     return Rows.of_texts(examples, LABELS)

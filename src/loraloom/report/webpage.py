@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraloom.report.document import Report
 
 
-def page(report: Report) -> str:
+def webpage(report: Report) -> str:
     """The whole page; every text of the report is escaped, and nothing in it is fetched from anywhere."""
     from plotly.offline import get_plotlyjs
 
