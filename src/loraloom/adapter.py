@@ -225,6 +225,11 @@ class Adapter:
         extras: whole tensors beside the factors, by parameter path in the base model: trained biases and the weights
             of ``modules_to_save``.
         provenance: where it comes from: inputs with their hashes, operation, version, seed. Empty when unknown.
+
+    Example:
+        >>> one = Factors(B=torch.ones(3, 1), A=torch.ones(1, 2))
+        >>> Adapter({"peft_type": "LORA", "base_model_name_or_path": "tiny"}, {"layers.0.q": one})
+        Adapter(kind='lora', base='tiny', modules=1, extras=0)
     """
 
     config: Mapping[str, Any]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -62,7 +62,7 @@ def _line(error: BaseException) -> str:
 @_command("train")
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Override a key: section.key=value.")] = None,  # noqa: UP045
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -84,8 +84,8 @@ def evaluate(
     task: Annotated[list[str], typer.Option("--task", help="A task; may be repeated.", show_default=False)],
     model: Annotated[str, typer.Option(help="Base model; by default what the adapter names.")] = "",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many examples.")] = None,  # noqa: UP045
-    image_size: Annotated[Optional[int], typer.Option(min=14, help="Pixels a side; default: as trained, else 98.")] = None,  # noqa: UP045
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=14, help="Pixels a side; default: as trained, else 98.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score an adapter on tasks, with 95 % confidence intervals."""
@@ -93,7 +93,10 @@ def evaluate(
 
     loaded = None if str(adapter) == "base" else ll.load(adapter)
     rows = [
-        {"adapter": str(adapter), **ll.evaluate(loaded, one, model=model, split=split, limit=limit, image_size=image_size).to_json()}
+        {
+            "adapter": str(adapter),
+            **ll.evaluate(loaded, one, model=model, split=split, limit=limit, image_size=image_size).to_json(),
+        }
         for one in task
     ]
     _table("accuracy", rows, as_json)
@@ -105,11 +108,13 @@ def merge(
     out: Out,
     method: Annotated[str, typer.Option(help="See `loraloom list methods`.")] = "linear",
     weights: Annotated[str, typer.Option(help="One number per adapter, with commas; default 1/k each.")] = "",
-    density: Annotated[Optional[float], typer.Option(help="Share kept, in (0, 1].")] = None,  # noqa: UP045
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the result.")] = None,  # noqa: UP045
-    space: Annotated[Optional[Space], typer.Option(help="Where the method works.")] = None,  # noqa: UP045
+    density: Annotated[float | None, typer.Option(help="Share kept, in (0, 1].")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result.")] = None,
+    space: Annotated[Space | None, typer.Option(help="Where the method works.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of methods that draw.")] = 0,
-    extras: Annotated[Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")] = Extras.refuse,
+    extras: Annotated[
+        Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")
+    ] = Extras.refuse,
     allow_different_bases: Annotated[bool, typer.Option(help="Base models of different names.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -155,9 +160,9 @@ def prune(
     out: Out,
     keep: Annotated[str, typer.Option(help="every-other, low, middle, high, or layers such as 0,2,5-7.")] = "",
     modules: Annotated[str, typer.Option(help="Projections to keep, with commas: q_proj,v_proj.")] = "",
-    density: Annotated[Optional[float], typer.Option(help="Share of entries kept by magnitude, in (0, 1].")] = None,  # noqa: UP045
+    density: Annotated[float | None, typer.Option(help="Share of entries kept by magnitude, in (0, 1].")] = None,
     space: Annotated[Space, typer.Option(help="Whose entries: the factors' or the dense update's.")] = Space.factors,
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the result, with --space delta.")] = None,  # noqa: UP045
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result, with --space delta.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -177,7 +182,9 @@ def inspect(adapters: Many, as_json: AsJson = False) -> None:
 
     summaries = [ll.summary(ll.load(path)) for path in adapters]
     if as_json:
-        print(json.dumps([{"adapter": str(path), **one} for path, one in zip(adapters, summaries, strict=True)], indent=1))
+        print(
+            json.dumps([{"adapter": str(path), **one} for path, one in zip(adapters, summaries, strict=True)], indent=1)
+        )
         return
     for path, one in zip(adapters, summaries, strict=True):
         head = {key: value for key, value in one.items() if key != "layers"}
@@ -187,8 +194,7 @@ def inspect(adapters: Many, as_json: AsJson = False) -> None:
         cosines = ll.cosines([ll.load(path) for path in adapters])
         names = [path.name for path in adapters]
         rows = [
-            {"cosine": name, **{other: value for other, value in zip(names, row, strict=True)}}
-            for name, row in zip(names, cosines, strict=True)
+            {"cosine": name, **dict(zip(names, row, strict=True))} for name, row in zip(names, cosines, strict=True)
         ]
         _table("cosine of the updates", rows, as_json=False)
 
@@ -215,7 +221,9 @@ def list_(what: What, as_json: AsJson = False) -> None:
 
 @_command("demo")
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for adapters, results and the page.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for adapters, results and the page.")] = Path(
+        "runs/demo"
+    ),
     overwrite: Overwrite = False,
 ) -> None:
     """Train LoRA and CoTo adapters on bundled weights and data, merge, interpolate, prune, report."""
@@ -267,7 +275,9 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None
         return
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in rows[0] if rows else ["nothing"]:
-        table.add_column(column, overflow="fold", justify="right" if isinstance(rows[0][column], float | int) else "left")
+        table.add_column(
+            column, overflow="fold", justify="right" if isinstance(rows[0][column], float | int) else "left"
+        )
     for row in rows:
         table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
     Console().print(table)
@@ -276,5 +286,3 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None
 def main() -> None:
     """Entry point of the command ``loraloom``."""
     app()
-
-

@@ -1,7 +1,7 @@
 """The main job on real weights and data: train LoRA and CoTo adapters, take them apart, put them together, report.
 
 Two seeds of each method on one task, one adapter each on two more; then the path between the seeds, a merge of the three
-tasks, and pruning. Both recipes (``recipes/demo``) were tuned on the validation split; everything here is on test.
+tasks, and pruning. Both recipes (``recipes/demo``) were tuned on the validation split; what is measured here is measured on test.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     study = Study(settings, recipes, say)
-    say(f"model {recipes['LoRA'].model}; tasks {', '.join(study.tasks)}; LoRA and CoTo, {recipes['LoRA'].train.steps} steps")
+    say(
+        f"model {recipes['LoRA'].model}; tasks {', '.join(study.tasks)}; LoRA and CoTo, {recipes['LoRA'].train.steps} steps"
+    )
     benches = {task: _bench(recipes["LoRA"], task) for task in study.tasks}
     for task, bench in benches.items():
         study.measure(("base", "alone", task), bench, None)
@@ -154,7 +156,9 @@ def _path(study: Study, bench: Any) -> None:
             for at in study.settings.points:
                 study.measure((method, "path", space, at), bench, interpolate(*ends, at=at, space=space))
         middle = {space: study.estimate(method, "path", space, 0.5).value for space in ("factors", "delta")}
-        study.say(f"{method:5} half way between the seeds: {middle['factors']:.3f} factors, {middle['delta']:.3f} delta")
+        study.say(
+            f"{method:5} half way between the seeds: {middle['factors']:.3f} factors, {middle['delta']:.3f} delta"
+        )
 
 
 def _merge(study: Study, benches: Mapping[str, Any]) -> None:
@@ -288,7 +292,9 @@ def _path_panel(study: Study) -> report.Curve:
 def _merge_panel(study: Study) -> report.Bars:
     series = [_series(study, "base", study.tasks, [("base", "alone", task) for task in study.tasks])]
     for method in study.recipes:
-        series.append(_series(study, f"{method}, alone", study.tasks, [(method, "alone", task) for task in study.tasks]))
+        series.append(
+            _series(study, f"{method}, alone", study.tasks, [(method, "alone", task) for task in study.tasks])
+        )
         for space in ("factors", "delta"):
             keys = [(method, "merged", space, task) for task in study.tasks]
             series.append(_series(study, f"{method}, merged ({space})", study.tasks, keys))

@@ -50,6 +50,13 @@ def cosines(adapters: Sequence[Adapter]) -> list[list[float]]:
 
     Raises:
         AdapterMismatch: two adapters have different sizes for one module.
+
+    Example:
+        >>> import torch
+        >>> from loraloom.adapter import Factors
+        >>> one, other = (Adapter({}, {"q": Factors(B=torch.eye(2)[:, [i]], A=torch.ones(1, 2))}) for i in (0, 1))
+        >>> cosines([one, other])
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     kinds = {adapter.kind for adapter in adapters}
     if len(kinds) > 1:

@@ -202,9 +202,10 @@ def _alone(lock: Path) -> Iterator[None]:
         return
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    with contextlib.suppress(OSError):
-        lock.unlink()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _given(package: Package) -> Path | None:

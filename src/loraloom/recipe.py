@@ -111,7 +111,13 @@ class DataRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """One training run. ``model`` and ``task`` are bundled names, local paths or hub ids."""
+    """One training run. ``model`` and ``task`` are bundled names, local paths or hub ids.
+
+    Example:
+        >>> run = Recipe(model="vit-s14", task="digits", output="runs/a", strategy={"name": "coto"})
+        >>> run.plan().probability(step=90)
+        0.5
+    """
 
     model: str
     task: str
@@ -183,6 +189,10 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         FileNotFoundError: no such file.
         ValueError: not YAML, an override without ``=``, or an invalid recipe.
+
+    Example:
+        >>> bundled_recipe("demo/coto.yaml").strategy.curve
+        'linear'
     """
     path = Path(path)
     if not path.is_file():
@@ -213,6 +223,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
 
     Raises:
         ValueError: the output exists, an unfinished run is in the way, or it was made from another recipe.
+
+    Example:
+        >>> trained = train(read("recipes/demo/coto.yaml", ["seed=1", "output=runs/coto-1"]))  # doctest: +SKIP
+        >>> trained.adapter.kind                                                               # doctest: +SKIP
+        'lora'
     """
     if resume and recipe.output.exists() and _work(recipe).exists():  # killed between the last two lines of this
         shutil.rmtree(_work(recipe))
@@ -361,7 +376,7 @@ def _explain(error: ValidationError) -> str:
     return f"{where}: {message}, got {first['input']!r}"
 
 
-_STRATEGIES = {
+_STRATEGIES: dict[str, type[BaseModel]] = {
     "none": PlainRecipe,
     "coto": CoToRecipe,
     "stochastic-depth": StochasticDepthRecipe,
@@ -372,7 +387,7 @@ _TAGS = frozenset(_STRATEGIES)
 
 def _fields(place: Sequence[str | int]) -> list[str]:
     """Names of the keys that are allowed at a place of the recipe."""
-    model: type[BaseModel] = Recipe
+    model: Any = Recipe
     for part in place:
         if str(part) in _STRATEGIES:
             model = _STRATEGIES[str(part)]

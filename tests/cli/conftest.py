@@ -1,4 +1,4 @@
-"""A tiny world for the command line: a random vision model in a folder, the digits of scikit-learn, trained adapters."""
+"""A tiny world for the command line: a random vision model, the digits of scikit-learn, two trained adapters."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -144,7 +145,8 @@ def test_killed_at_random_moments(tmp_path: Path, setting: str, unbroken: dict[s
     folder = tmp_path / "run"
     kills = sum(killed(folder, setting, "random", after=chance.uniform(0, 0.1)) for _ in range(3))
     assert kills == 3
-    assert_same(setting, folder, unbroken)
+    paused = json.loads((last_complete(folder) / "seconds.json").read_text())["seconds"]
+    assert assert_same(setting, folder, unbroken).seconds > paused > 0.03 * EVERY  # each step slept 0.03
 
 
 @pytest.mark.parametrize(

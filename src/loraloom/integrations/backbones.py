@@ -34,28 +34,54 @@ class Backbone:
     processor: Any
 
 
-def load_backbone(name: str, *, family: str | None = None, dtype: str = "float32") -> Backbone:
-    """Load a model by bundled name, local folder or hub id.
+def load_backbone(
+    model: str | nn.Module, *, family: str | None = None, processor: Any = None, dtype: str = "float32"
+) -> Backbone:
+    """Load a model by bundled name, local folder or hub id, or take a live one as it is.
 
     Raises:
         ValueError: the family is not known and cannot be told from the configuration, or the folder is no model.
         FileNotFoundError: a path without a folder.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-    source = resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name}: not a model folder, a hub id or one of {', '.join(models)} ({_first(error)})") from None
+    if isinstance(model, nn.Module):
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        config, source = getattr(model, "config", None), name
+    else:
+        name, source = model, resolve(model)
+        config = _configuration(name, source)
     family = family or _family(name, config)
     if family not in FAMILIES:
         raise ValueError(f"model {name}: family {family!r} has no score here; allowed: {', '.join(FAMILIES)}")
+    if processor is None:
+        processor = _processor(source, family)
+    live = model if isinstance(model, nn.Module) else _load(source, family, dtype)
+    return Backbone(live, name, family, processor)
+
+
+def _configuration(name: str, source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        known = ", ".join(models)
+        raise ValueError(f"model {name}: no model folder, hub id or one of {known} ({_first(error)})") from None
+
+
+def _load(source: str, family: str, dtype: str) -> nn.Module:
+    from transformers import AutoModel, AutoModelForCausalLM
+
     loader = AutoModelForCausalLM if family == "causal" else AutoModel
     with _without_bars():
-        model = loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    processor = _image_statistics(source) if family == "vision" else AutoTokenizer.from_pretrained(source)
-    return Backbone(model, name, family, processor)
+        return loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def _processor(source: str, family: str) -> Any:
+    if family == "vision":
+        return _image_statistics(source)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
 
 
 @contextmanager
@@ -75,7 +101,7 @@ def _without_bars() -> Iterator[None]:
 def _family(name: str, config: Any) -> str:
     if name in models:
         return str(models[name].facts["family"])
-    if any("CausalLM" in architecture for architecture in config.architectures or ()):
+    if any("CausalLM" in architecture for architecture in getattr(config, "architectures", None) or ()):
         return "causal"
     return "vision" if hasattr(config, "num_channels") and not hasattr(config, "vocab_size") else "encoder"
 

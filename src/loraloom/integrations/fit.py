@@ -20,6 +20,8 @@ from loraloom.strategies import Strategy
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_CLOCK = "seconds.json"
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -82,8 +84,10 @@ class Fit:
     Attributes:
         steps: optimizer steps of the whole run.
         resumed_from: the step of the checkpoint that this call went on from, 0 without one.
-        seconds: wall time of this call's steps, with its checkpoints and logs.
-        log_history: the Trainer's logs of the whole run, one mapping a log, with its ``step``.
+        seconds: wall time of training with its checkpoints and logs; of a resumed run, up to the checkpoint and from
+            there on.
+        log_history: the Trainer's logs of the whole run, one mapping a log, with its ``step``. The ``loss`` of the first
+            log after a resume is the mean from the checkpoint on.
     """
 
     steps: int
@@ -128,7 +132,8 @@ def fit(
     switch = CoToCallback(plan) if plan is not None else None
     bar = RichProgress() if options.progress else None
     safe = SafeCheckpoints() if options.save_every else None
-    extra = [switch, bar, *callbacks, safe]  # the seal comes last: it covers what other callbacks save
+    clock = _Clock(start)
+    extra = [clock, switch, bar, *callbacks, safe]  # the seal comes last: it covers what other callbacks save
     trainer = Trainer(
         model,
         _arguments(options),
@@ -140,7 +145,6 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if loss is not None:
         trainer.model_accepts_loss_kwargs = False  # the count of labels is for the loss, not for a backbone's forward
-    began = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
@@ -148,8 +152,26 @@ def fit(
             switch.open()
         if bar is not None:
             bar.close()
-    seconds = time.perf_counter() - began
-    return Fit(options.steps, done, seconds, tuple(trainer.state.log_history))
+    return Fit(options.steps, done, clock.seconds(), tuple(trainer.state.log_history))
+
+
+class _Clock(TrainerCallback):
+    """Adds up training time over kills: each checkpoint holds the seconds until then."""
+
+    def __init__(self, start: Path | None) -> None:
+        self._before = 0.0 if start is None else _seconds(start)
+        self._began = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _CLOCK).write_text(json.dumps({"seconds": self.seconds()}), encoding="utf-8")
 
 
 def _arguments(options: FitOptions) -> TrainingArguments:
@@ -212,7 +234,11 @@ def _finished(model: PeftModel, checkpoint: Path, step: int) -> Fit:
 
     weights = load_peft_weights(str(checkpoint), device="cpu")
     set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
-    return Fit(step, step, 0.0, tuple(_state(checkpoint)["log_history"]))
+    return Fit(step, step, _seconds(checkpoint), tuple(_state(checkpoint)["log_history"]))
+
+
+def _seconds(checkpoint: Path) -> float:
+    return float(json.loads((checkpoint / _CLOCK).read_text(encoding="utf-8"))["seconds"])
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

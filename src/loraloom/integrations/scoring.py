@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraloom.adapter import Adapter
+from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.peft import attached
 from loraloom.models import models
 from loraloom.registry import UnknownName
@@ -31,7 +32,12 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of one adapter on one task, with the outcome of every example for paired comparisons."""
+    """Accuracy of one adapter on one task, with the outcome of every example for paired comparisons.
+
+    Example:
+        >>> Evaluation("digits", "test", accuracy([True, True, False, True]), (True, True, False, True)).value
+        0.75
+    """
 
     task: str
     split: str
@@ -44,6 +50,7 @@ class Evaluation:
         return self.estimate.value
 
     def to_json(self) -> dict[str, Any]:
+        """Task, split, value, ends of the interval and number of examples."""
         return {"task": self.task, "split": self.split, **self.estimate.to_json()}
 
 
@@ -116,7 +123,7 @@ class Bench:
     task: Task
     family: str
     processor: Any
-    image_size: int = 224
+    image_size: int = 98
     max_length: int = 128
 
     # --- examples to batches -------------------------------------------------------------------------------------
@@ -132,7 +139,8 @@ class Bench:
         if self.family == "vision":
             return {"pixel_values": pixels([example.content for example in examples], self.image_size, self.processor)}
         texts = [str(example.content) for example in examples]
-        return dict(self.processor(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"))
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        return dict(self.processor(texts, **options))
 
     def _pairs(self, pairs: Sequence[tuple[Example, int]]) -> dict[str, Tensor]:
         """Prompts with the text of one choice each; labels are -100 but on the choice's tokens."""
@@ -159,7 +167,7 @@ class Bench:
         """The fixed head of an encoder, from the frozen features of the first training examples."""
         if not self.task.labels:
             raise ValueError(
-                f"task {self.task.name}: its choices differ by example, which needs a causal model; {self.name} is not one"
+                f"task {self.task.name}: choices differ by example; {self.name} is no causal model to score them"
             )
         examples = self.task.splits["train"][:PROTOTYPE_EXAMPLES]
         pool = _pool(self.name, self.family)
@@ -173,6 +181,8 @@ class Bench:
         if self.family == "causal":
             return None
         head = self.head
+        if head.pool == "mean" and self.family == "encoder":
+            self._hand_on_masks()
 
         def prototype_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             features = head.features(outputs.last_hidden_state, outputs.get("attention_mask"))
@@ -180,6 +190,15 @@ class Bench:
             return summed / (num_items_in_batch if num_items_in_batch is not None else len(labels))
 
         return prototype_loss
+
+    def _hand_on_masks(self) -> None:
+        """Have the model's output carry the attention mask: a Trainer's loss sees outputs, not inputs."""
+
+        def hand_on(module: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
+            output["attention_mask"] = named.get("attention_mask")
+
+        if not any(hook.__name__ == hand_on.__name__ for hook in self.model._forward_hooks.values()):
+            self.model.register_forward_hook(hand_on, with_kwargs=True)
 
     def _features(self, model: nn.Module, batch: dict[str, Tensor], head: Prototypes) -> Tensor:
         with torch.inference_mode():
@@ -245,7 +264,8 @@ def bench(
     task: str | Task,
     *,
     family: str | None = None,
-    image_size: int = 224,
+    processor: Any = None,
+    image_size: int = 98,
     max_length: int = 128,
     dtype: str = "float32",
     train_limit: int | None = None,
@@ -253,21 +273,28 @@ def bench(
     """Load a model and a task and set them up for each other.
 
     Args:
-        model: a bundled name, a hub id, a local folder, or a bundled name's live model.
+        model: a bundled name, a hub id, a local folder, or a live model.
         task: a task or its name.
         family: ``causal``, ``encoder`` or ``vision``; by default what the model's configuration says.
+        processor: of a live model: its tokenizer, or a mapping with ``image_mean`` and ``image_std``.
         image_size: pixels a side for vision models.
         max_length: tokens for text models.
-        dtype: of the frozen weights.
+        dtype: of the frozen weights of a model that is loaded here.
         train_limit: at most so many training examples.
-    """
-    from loraloom.integrations.backbones import load_backbone
 
+    Raises:
+        ValueError: the model takes another kind of input than the task has.
+
+    Example:
+        >>> made = bench("vit-s14", "digits", image_size=42)   # doctest: +SKIP
+        >>> made.evaluate(None).value                          # doctest: +SKIP
+        0.6
+    """
     made = load_task(task, limit=train_limit and {"train": train_limit}) if isinstance(task, str) else task
-    backbone = load_backbone(model, family=family, dtype=dtype)
-    expected = "image" if backbone.family == "vision" else "text"
-    if made.modality != expected:
-        raise ValueError(f"task {made.name} is of {made.modality}s; model {backbone.name} ({backbone.family}) takes {expected}s")
+    backbone = load_backbone(model, family=family, processor=processor, dtype=dtype)
+    takes = "image" if backbone.family == "vision" else "text"
+    if made.modality != takes:
+        raise ValueError(f"task {made.name} is of {made.modality}s; {backbone.name} ({backbone.family}) takes {takes}s")
     return Bench(backbone.model, backbone.name, made, backbone.family, backbone.processor, image_size, max_length)
 
 
@@ -278,6 +305,11 @@ def score(
 
     The model is loaded once; each call attaches the adapter, evaluates and takes it off. ``options`` are those of
     ``bench``.
+
+    Example:
+        >>> probe = score("vit-s14", "digits", split="validation", image_size=42)   # doctest: +SKIP
+        >>> probe(ll.load("runs/coto-0")) > probe(None)                             # doctest: +SKIP
+        True
     """
     made = bench(model, task, **options)
     return lambda adapter: made.evaluate(adapter, split, limit).value
@@ -299,16 +331,22 @@ def evaluate(
 
     Raises:
         ValueError: neither the adapter nor the caller names a model.
+
+    Example:
+        >>> evaluate(ll.load("runs/coto-0"), "digits", limit=200).estimate   # doctest: +SKIP
+        Estimate(value=0.97, low=0.945, high=0.99, n=200)
     """
     name = model or (adapter.base if adapter is not None else "")
     if not name:
         raise ValueError("no base model is named; say which with --model")
     data = _trained_with(adapter)
-    options = {
-        "image_size": image_size or int(data.get("image_size", 98)),
-        "max_length": max_length or int(data.get("max_length", 128)),
-    }
-    return bench(name, task, **options).evaluate(adapter, split, limit)
+    made = bench(
+        name,
+        task,
+        image_size=image_size or int(data.get("image_size", 98)),
+        max_length=max_length or int(data.get("max_length", 128)),
+    )
+    return made.evaluate(adapter, split, limit)
 
 
 def _trained_with(adapter: Adapter | None) -> Mapping[str, Any]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from loraloom.registry import Registry
 from loraloom.tasks.splits import PARTS, Row, normal, split
+
+if TYPE_CHECKING:
+    from loraloom.tasks.hub import HubTask
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ tasks: Registry[[], Rows] = Registry("task", __name__)
 """Facts of each: ``modality``, ``prompt``, ``source`` and ``licence``."""
 
 
-def load_task(name: Any, *, seed: int = 0, limit: int | Mapping[str, int] | None = None, **columns: Any) -> Task:
+def load_task(
+    name: str | HubTask, *, seed: int = 0, limit: int | Mapping[str, int] | None = None, **columns: Any
+) -> Task:
     """The task of that name, split by the seed.
 
     Args:

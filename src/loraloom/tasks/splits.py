@@ -36,7 +36,7 @@ def split(rows: Sequence[Row], seed: int) -> dict[str, list[int]]:
     """Row numbers of train, validation and test, each in a random order fixed by the seed.
 
     Copies are kept once (in the part nearest to test), and contents with two different answers are dropped. Parts
-    that the source brings are kept, less the training rows that are bound to a row of test. Missing ones are taken
+    that the source brings are kept, less the training rows that are bound to one of theirs. Missing ones are taken
     out of train: about 20 % of the groups for test, 10 % for validation.
 
     Raises:

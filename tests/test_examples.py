@@ -1,0 +1,36 @@
+"""The examples run as they stand, and say what they promise."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LAST_LINE = {
+    "hf_trainer.py": "step 12: p = 1.00, 4 layers active",
+    "plain_loop.py": "step 11: p = 1.00, loss ",
+    "accelerate_loop.py": "step 7: p = 1.00, loss ",
+    "trl_sft.py": "step 12: p = 1.00, 4 layers active",
+}
+
+# TRL and PEFT use names that Transformers has just deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+
+def test_every_script_is_listed() -> None:
+    assert sorted(LAST_LINE) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", LAST_LINE)
+def test_it_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "trl_sft.py":
+        pytest.importorskip("trl")
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert said[-1].startswith(LAST_LINE[name])
