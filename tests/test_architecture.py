@@ -37,6 +37,7 @@ LEVELS = {
     "loraloom.integrations": 3,
     "loraloom.listing": 4,
     "loraloom.recipe": 4,
+    "loraloom.run": 4,
     "loraloom.demo": 4,
     "loraloom.cli": 5,
 }
@@ -44,7 +45,9 @@ LEVELS = {
 ALLOWED = {
     ("loraloom.ops", "loraloom.strategies.units"): "pruning keeps and drops the same units that CoTo switches",
     ("loraloom.store", "loraloom.layout"): "reading a folder is files (store) plus what PEFT's names mean (layout)",
+    ("loraloom.run", "loraloom.recipe"): "a recipe, run",
     ("loraloom.demo", "loraloom.recipe"): "the demo is a few recipes, run",
+    ("loraloom.demo", "loraloom.run"): "the demo is a few recipes, run",
     ("loraloom.__main__", "loraloom.cli"): "python -m loraloom",
 }
 FACTS_OF_THE_FACADE = {"__version__"}  # what anybody may import from `loraloom` itself

@@ -381,8 +381,13 @@ def test_types_are_kept_and_aligned(dtype: torch.dtype, tmp_path: Path) -> None:
     assert {key: (value.dtype, value.tolist()) for key, value in held.items()} == {
         key: (value.dtype, value.tolist()) for key, value in to_state_dict(adapter, bake=False)
     }
-    (size,) = struct.unpack("<Q", (tmp_path / "a" / WEIGHTS).read_bytes()[:8])
+    data = (tmp_path / "a" / WEIGHTS).read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
     assert size % 8 == 0
+    header = json.loads(data[8 : 8 + size])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    for key, piece in header.items():
+        assert piece["data_offsets"][0] % held[key].dtype.itemsize == 0
     assert load(tmp_path / "a").modules["layers.1.q_proj"].dtype == dtype
 
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from loraloom.ops.prune import prune
     from loraloom.overview import cosines, summary
     from loraloom.probes.connectivity import connectivity
-    from loraloom.recipe import Recipe, train
+    from loraloom.recipe import Recipe
     from loraloom.recipe import read as read_recipe
+    from loraloom.run import train
     from loraloom.store import load, save
     from loraloom.strategies.dropout import ProgressiveDropout
     from loraloom.strategies.progressive import CoTo
@@ -40,7 +41,8 @@ _HOME = {
     "merge": "ops.merge",
     "prune": "ops.prune",
     "connectivity": "probes.connectivity",
-    **dict.fromkeys(["Recipe", "train"], "recipe"),
+    "Recipe": "recipe",
+    "train": "run",
     "read_recipe": "recipe:read",
     **dict.fromkeys(["load", "save"], "store"),
     "ProgressiveDropout": "strategies.dropout",

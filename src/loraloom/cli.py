@@ -28,6 +28,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
 One = Annotated[Path, typer.Argument(metavar="A", help="An adapter folder.", show_default=False)]
 Many = Annotated[list[Path], typer.Argument(metavar="A B...", help="Adapter folders.", show_default=False)]
+OtherBases = Annotated[bool, typer.Option("--allow-different-bases", help="Base models of different names.")]
 Space = StrEnum("Space", ["factors", "delta"])
 Extras = StrEnum("Extras", ["refuse", "average"])
 What = StrEnum("What", ["methods", "schedules", "tasks", "models", "probes"])
@@ -68,9 +69,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one adapter from a recipe."""
-    from loraloom import recipe as recipes
+    import loraloom as ll
 
-    trained = recipes.train(recipes.read(recipe, set_ or []), resume=resume, overwrite=overwrite, progress=not as_json)
+    trained = ll.train(ll.read_recipe(recipe, set_ or []), resume=resume, overwrite=overwrite, progress=not as_json)
     losses = [entry["loss"] for entry in trained.log if "loss" in entry]
     _result(
         {"adapter": str(trained.path), "seconds": round(trained.seconds, 2), "loss": losses[-1] if losses else None},
@@ -115,7 +116,9 @@ def merge(
     extras: Annotated[
         Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")
     ] = Extras.refuse,
-    allow_different_bases: Annotated[bool, typer.Option(help="Base models of different names.")] = False,
+    allow_different_bases: Annotated[
+        bool, typer.Option("--allow-different-bases", help="Base models of different names.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +145,9 @@ def interpolate(
     b: Annotated[Path, typer.Argument(metavar="B", show_default=False)],
     out: Out,
     at: Annotated[float, typer.Option("--at", help="0 is A, 1 is B.")] = 0.5,
-    allow_different_bases: Annotated[bool, typer.Option(help="Base models of different names.")] = False,
+    allow_different_bases: Annotated[
+        bool, typer.Option("--allow-different-bases", help="Base models of different names.")
+    ] = False,
     space: Annotated[Space, typer.Option(help="factors: (1-t)B_a + t B_b and so A; delta: the updates.")] = Space.delta,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -1,7 +1,8 @@
 """The main job on real weights and data: train LoRA and CoTo adapters, take them apart, put them together, report.
 
-Two seeds of each method on one task, one adapter each on two more; then the path between the seeds, a merge of the three
-tasks, and pruning. Both recipes (``recipes/demo``) were tuned on the validation split; what is measured here is measured on test.
+Two seeds of each method on one task, one adapter each on two more; then the path between the seeds, a merge of the
+three tasks, and pruning. Both recipes (``recipes/demo``) were tuned on the validation split; all that is measured here
+is measured on test.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from loraloom.adapter import Adapter
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
-from loraloom.recipe import Recipe, bundled_recipe, check_output, parse, train_on
+from loraloom.recipe import Recipe, bundled_recipe, parse
 from loraloom.registry import edge
+from loraloom.run import check_output, train_on
 from loraloom.tasks.metrics import Estimate, accuracy, difference
 
 METHODS = {"LoRA": "demo/lora.yaml", "CoTo": "demo/coto.yaml"}
@@ -93,9 +95,8 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     study = Study(settings, recipes, say)
-    say(
-        f"model {recipes['LoRA'].model}; tasks {', '.join(study.tasks)}; LoRA and CoTo, {recipes['LoRA'].train.steps} steps"
-    )
+    plain = recipes["LoRA"]
+    say(f"{plain.model} on {', '.join(study.tasks)}; LoRA and CoTo, {plain.train.steps} steps each")
     benches = {task: _bench(recipes["LoRA"], task) for task in study.tasks}
     for task, bench in benches.items():
         study.measure(("base", "alone", task), bench, None)
@@ -196,8 +197,8 @@ def _report(study: Study, seconds: float) -> report.Report:
                 "CoTo against LoRA",
                 ("measurement", "LoRA", "CoTo", "CoTo - LoRA", "95 % interval"),
                 tuple(rows),
-                note="Accuracy on test. The interval is a paired bootstrap over test examples for these runs; it does not "
-                f"cover the spread over seeds, of which there are {len(study.settings.seeds)}.",
+                note="Accuracy on test. The interval is a paired bootstrap over test examples for these runs; it does "
+                f"not cover the spread over seeds, of which there are {len(study.settings.seeds)}.",
                 command="loraloom demo",
             ),
             _path_panel(study),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from loraloom.registry import Registry, UnknownName
 
-KINDS = ("methods", "schedules", "tasks", "models", "probes")
+_HOMES = {
+    "methods": ("loraloom.ops.merge_methods", "merge_methods"),
+    "schedules": ("loraloom.strategies.schedules", "schedules"),
+    "tasks": ("loraloom.tasks", "tasks"),
+    "models": ("loraloom.models", "models"),
+    "probes": ("loraloom.probes", "probes"),
+}
+KINDS = tuple(_HOMES)
 
 
 def registry(what: str) -> Registry:
@@ -15,18 +23,10 @@ def registry(what: str) -> Registry:
     Raises:
         UnknownName: ``what`` is none of methods, schedules, tasks, models, probes.
     """
-    if what == "methods":
-        from loraloom.ops.merge_methods import merge_methods as found
-    elif what == "schedules":
-        from loraloom.strategies.schedules import schedules as found  # type: ignore[assignment]
-    elif what == "tasks":
-        from loraloom.tasks import tasks as found  # type: ignore[assignment]
-    elif what == "models":
-        from loraloom.models import models as found  # type: ignore[assignment]
-    elif what == "probes":
-        from loraloom.probes import probes as found  # type: ignore[assignment]
-    else:
+    if what not in _HOMES:
         raise UnknownName("kind of technique", what, list(KINDS))
+    module, name = _HOMES[what]
+    found: Registry = getattr(importlib.import_module(module), name)
     return found
 
 

@@ -1,4 +1,4 @@
-"""A run described in YAML: parsed into typed, validated values, then trained into an adapter folder.
+"""A run described in YAML, parsed into typed, validated values.
 
     model: vit-s14
     task: digits
@@ -13,18 +13,13 @@ A wrong key or an impossible value is one line that names the key, what is allow
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from loraloom.adapter import Adapter
-from loraloom.registry import edge
-from loraloom.store import load, save
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
 
@@ -148,16 +143,6 @@ class Recipe(_Strict):
         return None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run gave: the saved adapter, the seconds that training took, and the log."""
-
-    adapter: Adapter
-    path: Path
-    seconds: float
-    log: tuple[Mapping[str, Any], ...]
-
-
 def parse(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """Validate a recipe.
 
@@ -213,120 +198,6 @@ def bundled_recipe(name: str) -> Recipe:
     here = Path(__file__).parent
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
     return read(folder / name)
-
-
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = False) -> Trained:
-    """Train the adapter that a recipe describes and save it as a PEFT folder with its provenance.
-
-    While it runs, checkpoints lie in ``<output>.training``; the output folder appears whole at the end. A killed run
-    goes on with ``resume=True`` and ends in the same bits as one that was never interrupted.
-
-    Raises:
-        ValueError: the output exists, an unfinished run is in the way, or it was made from another recipe.
-
-    Example:
-        >>> trained = train(read("recipes/demo/coto.yaml", ["seed=1", "output=runs/coto-1"]))  # doctest: +SKIP
-        >>> trained.adapter.kind                                                               # doctest: +SKIP
-        'lora'
-    """
-    if resume and recipe.output.exists() and _work(recipe).exists():  # killed between the last two lines of this
-        shutil.rmtree(_work(recipe))
-        adapter = load(recipe.output)
-        record = adapter.provenance["record"]
-        return Trained(adapter, recipe.output, record["seconds"], tuple(record["log"]))
-    check_output(recipe.output, overwrite)
-    bench = edge("scoring").bench(
-        recipe.model, recipe.task, dtype=recipe.dtype, train_limit=recipe.data.train_limit, **_data_options(recipe)
-    )
-    work = _working_folder(recipe, resume=resume, overwrite=overwrite)
-    try:
-        trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
-    except (ValueError, OSError):
-        if not any(work.glob("checkpoint-*")):  # refused before the first step: nothing to go on with
-            shutil.rmtree(work)
-        raise
-    shutil.rmtree(work)
-    return trained
-
-
-def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
-    """Train on a model and task that are already loaded; the base is as before afterwards."""
-    fit, plan, chosen = edge("fit"), recipe.plan(), recipe.train
-    options = fit.FitOptions(
-        output=work,
-        seed=recipe.seed,
-        lr=chosen.learning_rate,
-        scheduler=chosen.schedule,
-        warmup=round(chosen.warmup * chosen.steps),
-        resume=resume,
-        progress=progress,
-        **chosen.model_dump(exclude={"learning_rate", "schedule", "warmup"}),
-    )
-    adapter_options = recipe.adapter.model_dump()
-    if isinstance(plan, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
-        adapter_options["dropout"] = plan.probability(0)
-    loss = bench.loss
-    with edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed, base_name=bench.name) as model:
-        fitted = fit.fit(
-            model, bench.task.splits["train"], collate=bench.collate, options=options, plan=plan, loss=loss
-        )
-        adapter = edge("peft").from_model(model)
-    provenance = {
-        "operation": "train",
-        "arguments": recipe.model_dump(mode="json", exclude={"output"}),
-        "seed": recipe.seed,
-        "record": {"seconds": fitted.seconds, "log": [dict(entry) for entry in fitted.log_history]},
-    }
-    made = Adapter(adapter.config, adapter.modules, adapter.extras, provenance)
-    save(made, recipe.output, overwrite=overwrite)
-    return Trained(load(recipe.output), recipe.output, fitted.seconds, fitted.log_history)
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an existing output before any work is done.
-
-    Raises:
-        FileExistsError: it exists and ``overwrite`` is off.
-    """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output {path} exists; choose another or add --overwrite")
-
-
-def _data_options(recipe: Recipe) -> dict[str, int]:
-    return {"image_size": recipe.data.image_size, "max_length": recipe.data.max_length}
-
-
-def _work(recipe: Recipe) -> Path:
-    return recipe.output.with_name(recipe.output.name + ".training")
-
-
-def _working_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
-    """The folder of an unfinished run; it holds the recipe, so that a resumed run cannot silently change."""
-    work = _work(recipe)
-    kept = work / "recipe.yaml"
-    described = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    if resume and kept.is_file():
-        if kept.read_text(encoding="utf-8") != described:
-            before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(described)
-            raise ValueError(f"{work}: that run had another recipe ({_changed(before, now)}); resume with the same one")
-        return work
-    if work.exists() and not (overwrite or resume):
-        raise FileExistsError(f"{work} holds an unfinished run; go on with --resume, or start again with --overwrite")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    kept.write_text(described, encoding="utf-8")
-    return work
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping) and old != new:
-            return _changed(old, new, f"{prefix}{key}.")
-        if old != new:
-            return f"{prefix}{key}: {old!r} then, {new!r} now"
-    return "written differently"
 
 
 def _set(content: dict[str, Any], override: str) -> None:

@@ -69,12 +69,12 @@ class CommandLine:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, recipe_content: dict) -> Path:
     """A folder with recipe.yaml and two trained adapters, a and b (another seed)."""
-    from loraloom import recipe
+    from loraloom import recipe, run
 
     folder = tmp_path_factory.mktemp("world")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_content))
     for name, seed in (("a", 0), ("b", 1)):
-        recipe.train(recipe.parse({**recipe_content, "output": str(folder / name), "seed": seed}))
+        run.train(recipe.parse({**recipe_content, "output": str(folder / name), "seed": seed}))
     return folder
 
 

@@ -99,7 +99,8 @@ def test_to_json() -> None:
     [
         ([], {}, r"shape \(0,\); a vector of at least one"),
         ([[1, 0]], {}, r"shape \(1, 2\)"),
-        ([0.5], {}, "other values than 0 and 1"),
+        ([1.5], {}, r"outside \[0, 1\]"),
+        ([float("nan")], {}, r"outside \[0, 1\]"),
         ([1], {"level": 1.0}, r"level must lie in \(0, 1\), got 1.0"),
         ([1], {"resamples": 0}, "resamples must be at least 1"),
     ],

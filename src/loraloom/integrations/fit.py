@@ -86,8 +86,8 @@ class Fit:
         resumed_from: the step of the checkpoint that this call went on from, 0 without one.
         seconds: wall time of training with its checkpoints and logs; of a resumed run, up to the checkpoint and from
             there on.
-        log_history: the Trainer's logs of the whole run, one mapping a log, with its ``step``. The ``loss`` of the first
-            log after a resume is the mean from the checkpoint on.
+        log_history: the Trainer's logs of the whole run, one mapping a log, with its ``step``. The first ``loss`` after
+            a resume is the mean from the checkpoint on.
     """
 
     steps: int

@@ -37,13 +37,13 @@ def accuracy(
     With one example, or with all answers alike, every resample is the sample: the interval is a point.
 
     Args:
-        correct: one truth value (or 0/1) an example.
+        correct: one truth value an example; where several runs are pooled, the share of runs that got it right.
         level: share of intervals that are to cover the truth, in (0, 1).
         resamples: number of bootstrap samples.
         seed: seed of the resampling; nothing else is drawn from.
 
     Raises:
-        ValueError: there are no examples, values other than 0 and 1, or ``level`` or ``resamples`` make no sense.
+        ValueError: there are no examples, a value is outside [0, 1], or ``level`` or ``resamples`` make no sense.
 
     Example:
         >>> accuracy([True] * 80 + [False] * 20)
@@ -65,7 +65,7 @@ def difference(
     Pairing takes the difficulty of the examples out of the interval, so that it is narrower than two separate ones.
 
     Args:
-        correct_a: one truth value an example.
+        correct_a: as in ``accuracy``.
         correct_b: the same examples in the same order.
         level: as in ``accuracy``.
         resamples: as in ``accuracy``.
@@ -85,12 +85,12 @@ def difference(
 
 
 def _answers(correct: Sequence[bool] | np.ndarray, name: str) -> np.ndarray:
-    """Answers as a vector of 0.0 and 1.0."""
+    """Answers as a vector of numbers in [0, 1]."""
     values = np.asarray(correct, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"{name} has shape {values.shape}; a vector of at least one answer is needed")
-    if not np.isin(values, (0.0, 1.0)).all():
-        raise ValueError(f"{name} holds other values than 0 and 1 (false and true)")
+    if not ((values >= 0) & (values <= 1)).all():  # false for NaN too
+        raise ValueError(f"{name} holds values outside [0, 1]; an answer is false or true, or a share of several runs")
     return values
 
 
@@ -98,7 +98,7 @@ def _bootstrap(values: np.ndarray, level: float, resamples: int, seed: int) -> E
     """Percentile interval of the mean.
 
     A resample of n values is a draw of how often each distinct value occurs: a multinomial, exactly. That costs the
-    number of distinct values (here at most three) instead of n.
+    number of distinct values (here a few) instead of n.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
