@@ -119,6 +119,7 @@ KINDS = {
     "bf16": lambda: Kind(_lora(), dtype=torch.bfloat16),
     "fp16": lambda: Kind(_lora(use_rslora=True), dtype=torch.float16),
     "gaussian": lambda: Kind(_lora(init_lora_weights="gaussian")),
+    "mica": lambda: Kind(_lora(init_lora_weights="mica")),
     "orthogonal": lambda: Kind(_lora(init_lora_weights="orthogonal")),
 }
 

@@ -1,0 +1,128 @@
+"""Scores on tiny random models: the head is fixed, likelihoods are those of the slow way, the base stays as it was."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import loraloom as ll
+from conftest import tiny_llama
+from loraloom.integrations.scoring import Bench, bench, fit_prototypes
+from loraloom.tasks import Example, Task
+
+VOCAB = 24
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, add_special_tokens=True, max_length=None, **ignored):
+        several = [texts] if isinstance(texts, str) else texts
+        rows = [self._ids(text, add_special_tokens, max_length) for text in several]
+        if isinstance(texts, str):
+            return {"input_ids": rows[0]}
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    @staticmethod
+    def _ids(text, special, max_length):
+        ids = [1] * special + [2 + ord(letter) % (VOCAB - 2) for letter in text]
+        return ids[:max_length]
+
+
+def text_task(labels=("ham", "spam"), n=12):
+    rows = [Example(f"text {i * 7 % 5} {'x' * (i % 4)}", labels or (f"a{i}", f"bcd{i}"), i % 2) for i in range(n)]
+    splits = MappingProxyType({"train": rows, "validation": rows[:4], "test": rows})
+    return Task("made-up", "text", tuple(labels), "Q {content} A", splits, "here", "none")
+
+
+@pytest.fixture
+def causal() -> Bench:
+    return bench(tiny_llama(vocab=VOCAB), text_task(()), family="causal", processor=Letters(), max_length=30)
+
+
+def test_a_choice_is_the_one_of_highest_mean_log_likelihood(causal):
+    examples = causal.task.splits["test"]
+    expected = []
+    for example in examples:
+        means = []
+        for choice in example.choices:
+            prompt = Letters()(f"Q {example.content} A")["input_ids"]
+            answer = Letters()(f" {choice}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = causal.model(input_ids=torch.tensor([prompt + answer])).logits[0]
+            scores = [F.log_softmax(logits[len(prompt) - 1 + i], -1)[token].item() for i, token in enumerate(answer)]
+            means.append(np.mean(scores))
+        expected.append(int(np.argmax(means)))
+    assert causal.choose(causal.model, examples).tolist() == expected
+    assert 0 < sum(expected) < len(expected)  # both choices occur: the comparison says something
+
+
+def test_the_training_loss_of_a_causal_model_is_on_the_answer_alone(causal):
+    batch = causal.collate(causal.task.splits["train"][:3])
+    for row, example in zip(batch["labels"], causal.task.splits["train"], strict=False):
+        answer = Letters()(f" {example.choices[example.label]}", add_special_tokens=False)["input_ids"]
+        assert row[row >= 0].tolist() == answer
+    assert causal.loss is None
+
+
+def test_padding_does_not_change_an_encoders_choice():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertModel(BertConfig(vocab_size=VOCAB, **size)).eval()
+    made = bench(model, text_task(), family="encoder", processor=Letters())
+    examples = made.task.splits["test"]
+    together = made.choose(model, examples)
+    alone = [made.choose(model, [example])[0] for example in examples]
+    assert together.tolist() == alone
+    batch = made.collate(examples)
+    labels = batch.pop("labels")
+    loss = made.loss(model(**batch), labels)
+    features = made.head.features(model(**batch).last_hidden_state, batch["attention_mask"])
+    torch.testing.assert_close(loss, F.cross_entropy(made.head.logits(features), labels))
+    torch.testing.assert_close(made.loss(model(**batch), labels, num_items_in_batch=2 * len(labels)), loss / 2)
+
+
+def test_a_head_needs_labels_and_examples_of_each(causal):
+    with pytest.raises(ValueError, match=r"\[1\] have no training example"):
+        fit_prototypes(torch.eye(2), torch.tensor([0, 0]), classes=2, pool="cls")
+    made = bench(tiny_llama(vocab=VOCAB), text_task(()), family="encoder", processor=Letters())
+    with pytest.raises(ValueError, match="no causal model"):
+        made.evaluate(None)
+
+
+def test_evaluating_an_adapter_leaves_the_base_as_it_was(causal):
+    from loraloom.adapter import Factors
+
+    before = {name: tensor.clone() for name, tensor in causal.model.state_dict().items()}
+    name = "model.layers.0.mlp.up_proj"
+    out, in_ = causal.model.get_submodule(name).weight.shape
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors(torch.randn(out, 2, generator=generator), torch.randn(2, in_, generator=generator), 20.0)
+    adapter = ll.Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}, {name: factors})
+    base, changed = causal.evaluate(None), causal.evaluate(adapter)
+    assert causal.evaluate(None) == base
+    assert changed.correct != base.correct
+    assert causal.evaluate(adapter) == changed
+    after = causal.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_score_is_a_function_of_an_adapter(causal):
+    score = ll.score(causal.model, causal.task, family="causal", processor=Letters(), max_length=30, limit=5)
+    assert score(None) == causal.evaluate(None, limit=5).value
+
+
+def test_a_task_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="task digits is of images"):
+        bench(tiny_llama(), "digits", family="causal", processor=Letters())
