@@ -13,6 +13,7 @@ import yaml
 from loraloom.adapter import Adapter
 from loraloom.recipe import Recipe
 from loraloom.registry import edge
+from loraloom.report import replace_file
 from loraloom.store import load, save
 from loraloom.strategies.dropout import ProgressiveDropout
 
@@ -78,7 +79,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
     if isinstance(plan, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
         adapter_options["dropout"] = plan.probability(0)
     loss = bench.loss
-    with edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed, base_name=bench.name) as model:
+    with edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed) as model:
         fitted = fit.fit(
             model, bench.task.splits["train"], collate=bench.collate, options=options, plan=plan, loss=loss
         )
@@ -89,7 +90,9 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
         "seed": recipe.seed,
         "record": {"seconds": fitted.seconds, "log": [dict(entry) for entry in fitted.log_history]},
     }
-    made = Adapter(adapter.config, adapter.modules, adapter.extras, provenance)
+    # PEFT knew the model by its folder on this machine; the adapter names it as the user did.
+    config = {**adapter.config, "base_model_name_or_path": bench.name}
+    made = Adapter(config, adapter.modules, adapter.extras, provenance)
     save(made, recipe.output, overwrite=overwrite)
     return Trained(load(recipe.output), recipe.output, fitted.seconds, fitted.log_history)
 
@@ -127,7 +130,7 @@ def _working_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    kept.write_text(described, encoding="utf-8")
+    replace_file(kept, described)
     return work
 
 

@@ -21,7 +21,6 @@ def training(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     seed: int = 0,
-    base_name: str = "",
 ) -> Iterator[Any]:
     """Attach a new adapter and yield the PeftModel; on leaving, the base is bare again, its weights untouched.
 
@@ -35,7 +34,6 @@ def training(
         dropout: of the adapters' input.
         target_modules: names, or ``all-linear``.
         seed: of the adapter's random start.
-        base_name: written into the adapter's configuration.
 
     Raises:
         ValueError: no module of the model has such a name.
@@ -63,8 +61,6 @@ def training(
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"adapter.target_modules: {' '.join(str(error).split())}") from None
-    if base_name:
-        adapted.peft_config["default"].base_model_name_or_path = base_name
     was_training = model.training
     try:
         yield adapted
