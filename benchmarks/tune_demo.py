@@ -31,22 +31,19 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rates", default="5e-4,1e-3,2e-3")
     options.add_argument("--seeds", default="0,1")
+    options.add_argument("--set", action="append", default=[], help="override a key of both recipes: section.key=value")
     options.add_argument("--results", type=Path, default=RESULTS)
     chosen = options.parse_args()
     rates = [float(rate) for rate in chosen.rates.split(",")]
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     runs = json.loads(chosen.results.read_text()) if chosen.results.exists() else []
-    recipes = {method: bundled_recipe(name) for method, name in METHODS.items()}
-    any_recipe = recipes["LoRA"]
-    made = bench(
-        any_recipe.model,
-        any_recipe.task,
-        image_size=any_recipe.data.image_size,
-        train_limit=any_recipe.data.train_limit,
-    )
+    recipes = {method: bundled_recipe(name, chosen.set) for method, name in METHODS.items()}
+    plain = recipes["LoRA"]
+    size, most = plain.data.image_size, plain.data.train_limit
+    made = bench(plain.model, plain.task, image_size=size, train_limit=most)
     for rate in rates:
         for method, recipe in recipes.items():
-            key = {"method": method, "rate": rate, "steps": recipe.train.steps, "train_limit": recipe.data.train_limit}
+            key = {"task": recipe.task, "method": method, "rate": rate, "set": chosen.set}
             if any(all(run.get(name) == value for name, value in key.items()) for run in runs):
                 continue
             runs.append(key | measure(made, recipe, rate, seeds))

@@ -209,7 +209,7 @@ def test_debian(tmp_path: Path, cache: Path, registry: list, monkeypatch: pytest
 
 
 def test_pip_says_no(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "WARNING: slow\nERROR: Could not reach https://host.example/simple/demo-pack: no route\n"
+    said = "WARNING: slow\nERROR: Could not reach https://host.example/demo-pack: no route\n"
     monkeypatch.setattr(
         packages.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
     )

@@ -29,6 +29,8 @@ WRONG = {
     "share above 1": ({"strategy": {"name": "coto", "ramp": 1.5}}, "strategy.ramp"),
     "unknown kind": ({"adapter": {"kind": "lroa"}}, "'lora'"),
     "output without a name": ({"output": "/"}, "output"),
+    "unknown key of a data set": ({"task": {"dataset": "x", "lable": "y"}}, "(did you mean 'label'?)"),
+    "a data set without a place": ({"task": {"label": "y"}}, "task: dataset is missing"),
     "seed below 0": ({"seed": -1}, "seed"),
 }
 
@@ -83,3 +85,13 @@ def test_strategies_are_the_plans_they_name():
 @pytest.mark.parametrize("name", ["demo/lora.yaml", "demo/coto.yaml"])
 def test_bundled_recipes_are_valid(name):
     assert recipe.bundled_recipe(name).model == "vit-s14"
+
+
+def test_a_task_may_describe_a_data_set(tmp_path: Path):
+    described = {"dataset": "reviews", "content": "body", "labels": ["bad", "good"]}
+    made = recipe.parse({**GOOD, "task": described})
+    assert (made.task.content, made.task.labels) == ("body", ("bad", "good"))
+    assert recipe.parse(made.model_dump(mode="json")) == made
+    (tmp_path / "task.yaml").write_text("dataset: reviews\ncontent: body\nlabels: [bad, good]\n")
+    assert recipe.read_task(str(tmp_path / "task.yaml")) == made.task
+    assert recipe.read_task("digits") == "digits"

@@ -72,9 +72,9 @@ def train(
     import loraloom as ll
 
     trained = ll.train(ll.read_recipe(recipe, set_ or []), resume=resume, overwrite=overwrite, progress=not as_json)
-    losses = [entry["loss"] for entry in trained.log if "loss" in entry]
+    losses = [entry[key] for key in ("train_loss", "loss") for entry in trained.log if key in entry]
     _result(
-        {"adapter": str(trained.path), "seconds": round(trained.seconds, 2), "loss": losses[-1] if losses else None},
+        {"adapter": str(trained.path), "seconds": round(trained.seconds, 2), "loss": round(losses[-1], 4)},
         as_json,
     )
 
@@ -91,15 +91,11 @@ def evaluate(
 ) -> None:
     """Score an adapter on tasks, with 95 % confidence intervals."""
     import loraloom as ll
+    from loraloom.recipe import read_task
 
     loaded = None if str(adapter) == "base" else ll.load(adapter)
-    rows = [
-        {
-            "adapter": str(adapter),
-            **ll.evaluate(loaded, one, model=model, split=split, limit=limit, image_size=image_size).to_json(),
-        }
-        for one in task
-    ]
+    options: dict[str, Any] = {"model": model, "split": split, "limit": limit, "image_size": image_size}
+    rows = [{"adapter": str(adapter), **ll.evaluate(loaded, read_task(one), **options).to_json()} for one in task]
     _table("accuracy", rows, as_json)
 
 

@@ -58,7 +58,7 @@ class Study:
     @property
     def main(self) -> str:
         """The task with several seeds."""
-        return self.recipes["LoRA"].task
+        return str(self.recipes["LoRA"].task)
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -12,16 +12,18 @@ A wrong key or an impossible value is one line that names the key, what is allow
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
+from loraloom.tasks.hub import HubTask
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -105,8 +107,53 @@ class DataRecipe(_Strict):
     train_limit: Annotated[int, Field(ge=1)] | None = None
 
 
+def task_of(value: Any) -> Any:
+    """A task as a recipe writes it: a name, or a mapping that says what a data set's columns mean (``HubTask``).
+
+    Raises:
+        ValueError: a key is not known, or ``dataset`` is missing.
+
+    Example:
+        >>> task_of({"dataset": "data/reviews", "label": "stars"}).content
+        'text'
+        >>> task_of({"dataset": "data/reviews", "lable": "stars"})
+        Traceback (most recent call last):
+        ...
+        ValueError: lable is not known (did you mean 'label'?); allowed: dataset, content, label, ...
+    """
+    if not isinstance(value, Mapping):
+        return value
+    allowed = [field.name for field in dataclasses.fields(HubTask)]
+    for key in value:
+        if key not in allowed:
+            raise ValueError(_unknown(str(key), str(key), allowed))
+    if "dataset" not in value:
+        raise ValueError("dataset is missing: a hub id or a local folder")
+    fields: dict[str, Any] = {key: tuple(held) if isinstance(held, list) else held for key, held in value.items()}
+    return HubTask(**fields)
+
+
+def read_task(text: str) -> Any:
+    """A task as the command line writes it: a name, ``hub:<id or folder>``, or a YAML file that describes a data set.
+
+    Raises:
+        ValueError: the file describes no data set.
+    """
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml"):
+        return text
+    if not path.is_file():
+        raise FileNotFoundError(f"task {path}: no such file")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"task {path}: a mapping of keys is needed, got {type(content).__name__}")
+    return task_of(content)
+
+
 class Recipe(_Strict):
     """One training run. ``model`` and ``task`` are bundled names, local paths or hub ids.
+
+    A task may also be a mapping that describes a data set of the hub or of a local folder (``tasks.hub.HubTask``).
 
     Example:
         >>> run = Recipe(model="vit-s14", task="digits", output="runs/a", strategy={"name": "coto"})
@@ -115,7 +162,7 @@ class Recipe(_Strict):
     """
 
     model: str
-    task: str
+    task: Annotated[str | HubTask, BeforeValidator(task_of)]
     output: Path
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -193,11 +240,11 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(_numbers(content), source=f"recipe {path}")
 
 
-def bundled_recipe(name: str) -> Recipe:
-    """A recipe that comes with the package, such as ``demo/lora.yaml``."""
+def bundled_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that comes with the package, such as ``demo/lora.yaml``, with overrides as in :func:`read`."""
     here = Path(__file__).parent
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
-    return read(folder / name)
+    return read(folder / name, overrides)
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -233,9 +280,9 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(place)
     if first["type"] == "extra_forbidden":
         allowed = _fields(first["loc"][:-1])
-        near = difflib.get_close_matches(place[-1], allowed, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"{where} is not known{hint}; allowed: {', '.join(allowed)}"
+        return _unknown(where, place[-1], allowed)
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
     if first["type"] == "missing":
         return f"{where} is missing"
     if first["type"].startswith("union_tag"):
@@ -245,6 +292,12 @@ def _explain(error: ValidationError) -> str:
         return f"{where}.name {given!r} is not known{hint}; allowed: {', '.join(sorted(_TAGS))}"
     message = first["msg"][:1].lower() + first["msg"][1:]
     return f"{where}: {message}, got {first['input']!r}"
+
+
+def _unknown(where: str, key: str, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{where} is not known{hint}; allowed: {', '.join(allowed)}"
 
 
 _STRATEGIES: dict[str, type[BaseModel]] = {

@@ -73,6 +73,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, recipe_content: dict) -> Pat
 
     folder = tmp_path_factory.mktemp("world")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_content))
+    (folder / "reviews").mkdir()
+    (folder / "reviews" / "train.jsonl").write_text('{"words": "fine", "stars": 5}\n{"words": "poor", "stars": 1}\n')
     for name, seed in (("a", 0), ("b", 1)):
         run.train(recipe.parse({**recipe_content, "output": str(folder / name), "seed": seed}))
     return folder

@@ -23,6 +23,7 @@ from loraloom.integrations.peft import attached
 from loraloom.models import models
 from loraloom.registry import UnknownName
 from loraloom.tasks import Example, Task, load_task
+from loraloom.tasks.hub import HubTask
 from loraloom.tasks.metrics import Estimate, accuracy
 
 TEMPERATURE = 1 / 16  # of the cosine logits of prototype heads; 16 is high enough to fit, low enough to keep a gradient
@@ -261,7 +262,7 @@ def pixels(images: Sequence[Any], size: int, stats: Mapping[str, Sequence[float]
 
 def bench(
     model: str | nn.Module,
-    task: str | Task,
+    task: str | HubTask | Task,
     *,
     family: str | None = None,
     processor: Any = None,
@@ -274,7 +275,7 @@ def bench(
 
     Args:
         model: a bundled name, a hub id, a local folder, or a live model.
-        task: a task or its name.
+        task: a task, its name, or the description of a data set.
         family: ``causal``, ``encoder`` or ``vision``; by default what the model's configuration says.
         processor: of a live model: its tokenizer, or a mapping with ``image_mean`` and ``image_std``.
         image_size: pixels a side for vision models.
@@ -290,7 +291,7 @@ def bench(
         >>> made.evaluate(None).value                          # doctest: +SKIP
         0.6
     """
-    made = load_task(task, limit=train_limit and {"train": train_limit}) if isinstance(task, str) else task
+    made = task if isinstance(task, Task) else load_task(task, limit=train_limit and {"train": train_limit})
     backbone = load_backbone(model, family=family, processor=processor, dtype=dtype)
     takes = "image" if backbone.family == "vision" else "text"
     if made.modality != takes:
@@ -299,7 +300,7 @@ def bench(
 
 
 def score(
-    model: str | nn.Module, task: str | Task, *, split: str = "test", limit: int | None = None, **options: Any
+    model: str | nn.Module, task: str | HubTask | Task, *, split: str = "test", limit: int | None = None, **options: Any
 ) -> Callable[[Adapter | None], float]:
     """A score for analyses: a function from an adapter (None: the base) to accuracy on a task.
 
@@ -317,7 +318,7 @@ def score(
 
 def evaluate(
     adapter: Adapter | None,
-    task: str,
+    task: str | HubTask,
     *,
     model: str = "",
     split: str = "test",

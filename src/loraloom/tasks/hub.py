@@ -37,8 +37,8 @@ class HubTask:
     """
 
     dataset: str
-    content: str
-    label: str
+    content: str = "text"
+    label: str = "label"
     labels: tuple[str, ...] = ()
     choices: str = ""
     prompt: str = "{content}\nAnswer:"
