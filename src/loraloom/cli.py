@@ -46,7 +46,8 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 print(f"loraloom {name}: {_line(error)}", file=sys.stderr)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
-                print(f"loraloom {name}: stopped", file=sys.stderr)
+                hint = "; the same command with --resume goes on" if name == "train" else ""
+                print(f"loraloom {name}: stopped{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None
 
         return app.command(name)(run)
