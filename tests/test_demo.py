@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+import chromium
 from cli.conftest import recipe_content, tiny_model  # noqa: F401
 from loraloom import demo, report
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(tiny_model):  # noqa: F811
     return demo.Settings(
         others=("digits",),
@@ -19,7 +20,7 @@ def settings(tiny_model):  # noqa: F811
         limit=24,
         overrides=(
             ("model", str(tiny_model)),
-            ("train.steps", 4),
+            ("train.steps", 3),
             ("train.batch_size", 4),
             ("data.image_size", 28),
             ("data.train_limit", 60),
@@ -27,25 +28,25 @@ def settings(tiny_model):  # noqa: F811
     )
 
 
-def test_the_demo_writes_adapters_results_and_a_page(tmp_path, settings):
-    said: list[str] = []
-    made = demo.run(tmp_path / "demo", settings=settings, say=said.append)
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
-        "adapters",
-        "report.html",
-        "report.md",
-        "results.json",
-    ]
-    assert sorted(path.name for path in (tmp_path / "demo" / "adapters").iterdir()) == [
+@pytest.fixture(scope="module")
+def done(settings, tmp_path_factory):
+    """The folder that one run left, and the report that it returned."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    return out, demo.run(out, settings=settings, say=lambda line: None)
+
+
+def test_it_writes_adapters_results_and_a_page(done):
+    out, made = done
+    assert [path.name for path in out.parent.iterdir()] == ["demo"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapters", "report.html", "report.md", "results.json"]
+    assert sorted(path.name for path in (out / "adapters").iterdir()) == [
         f"{method}-digits-{seed}" for method in ("coto", "lora") for seed in (0, 1)
     ]
-    assert report.read([tmp_path / "demo"]) == made
-    assert list(tmp_path.iterdir()) == [tmp_path / "demo"]
+    assert report.read([out]) == made
 
 
-def test_what_it_reports_is_what_it_measured(tmp_path, settings):
-    demo.run(tmp_path / "demo", settings=settings, say=lambda line: None)
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+def test_what_it_reports_is_what_it_measured(done):
+    results = json.loads((done[0] / "results.json").read_text())
     by_key = {(r["method"], r["measurement"], r.get("of"), r.get("at")): r for r in results["records"]}
     ends = [by_key["CoTo", "path", "delta", at]["value"] for at in (0.0, 1.0)]
     seeds = by_key["CoTo", "alone", "digits", None]["by_seed"]
@@ -55,7 +56,28 @@ def test_what_it_reports_is_what_it_measured(tmp_path, settings):
         assert gap == pytest.approx(coto - lora, abs=2e-4)
 
 
-def test_an_existing_output_is_refused_before_any_work(tmp_path, settings):
+def test_its_page_is_quiet_and_whole_in_a_browser(done, tmp_path):
+    executable = chromium.find()
+    if executable is None:
+        pytest.skip(f"no browser on PATH; looked for {', '.join(chromium.NAMES)}")
+    out, made = done
+    page = (out / "report.html").as_uri()
+    with chromium.launched(executable, tmp_path / "profile") as browser:
+        browser.open(page)
+        assert browser.complaints() == []
+        assert browser.requests() == [page]
+        drawn = browser.run("document.querySelectorAll('.plot > * svg.main-svg:first-child').length")
+    assert drawn == sum(not isinstance(panel, report.Table) for panel in made.panels)
+
+
+def test_a_failure_leaves_nothing_and_an_existing_output_is_refused(tmp_path, settings, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("the machine caught fire")
+
+    monkeypatch.setattr(demo, "_merge", fail)
+    with pytest.raises(RuntimeError, match="fire"):
+        demo.run(tmp_path / "demo", settings=settings, say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "demo").mkdir()
     with pytest.raises(FileExistsError, match="--overwrite"):
         demo.run(tmp_path / "demo", settings=settings, say=pytest.fail)

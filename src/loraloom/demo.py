@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,28 +92,35 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
     check_output(out, overwrite)
     settings = settings or Settings()
     recipes = {method: _adjusted(bundled_recipe(name), settings) for method, name in METHODS.items()}
-    work = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     study = Study(settings, recipes, say)
     plain = recipes["LoRA"]
     say(f"{plain.model} on {', '.join(study.tasks)}; LoRA and CoTo, {plain.train.steps} steps each")
-    benches = {task: _bench(recipes["LoRA"], task) for task in study.tasks}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _measure_all(study, work)
+        made = _report(study, time.perf_counter() - began)
+        report.write(made, work)
+        if out.exists():
+            out.rename(work / "replaced")
+        work.chmod(0o755)
+        work.rename(out)
+        shutil.rmtree(out / "replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    say(made.summary)
+    say(f"report {out / 'report.html'}; results {out / 'results.json'}; {time.perf_counter() - began:.0f} s")
+    return made
+
+
+def _measure_all(study: Study, work: Path) -> None:
+    benches = {task: _bench(study.recipes["LoRA"], task) for task in study.tasks}
     for task, bench in benches.items():
         study.measure(("base", "alone", task), bench, None)
         _train(study, task, bench, work)
     _path(study, benches[study.main])
     _merge(study, benches)
     _prune(study, benches[study.main])
-    made = _report(study, time.perf_counter() - began)
-    report.write(made, work)
-    if out.exists():
-        shutil.rmtree(out)
-    work.rename(out)
-    for line in made.summary.split("\n"):
-        say(line)
-    say(f"report {out / 'report.html'}; results {out / 'results.json'}; {time.perf_counter() - began:.0f} s")
-    return made
 
 
 def _adjusted(recipe: Recipe, settings: Settings) -> Recipe:
