@@ -1,10 +1,10 @@
-"""How the demo's recipes were tuned: learning rate of LoRA and of CoTo from one grid, on the validation split.
+"""How the demo's recipes were tuned: the learning rate of LoRA and of CoTo, from one grid, on validation splits.
 
-    python benchmarks/tune_demo.py --rates 5e-4,1e-3,2e-3 --seeds 0,1
+    python benchmarks/tune_demo.py --rates 5e-4,1e-3,2e-3,4e-3
 
-The demo takes, for each method, the rate with the best mean validation accuracy of the finished adapter alone; how it
-merges or prunes plays no part. Every run is written to benchmarks/results/tune_demo.json as it comes; a run that is
-there already is not made again.
+The demo uses one rate a method on all its tasks. It is the one with the best validation accuracy of the finished
+adapters alone, first averaged over seeds, then over tasks; how they merge or prune plays no part. Every run is written
+to benchmarks/results/tune_demo.json as it comes; a run that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loraloom.demo import METHODS
+from loraloom.demo import METHODS, Settings
 from loraloom.integrations.scoring import bench
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.prune import prune
@@ -29,40 +29,42 @@ RESULTS = Path(__file__).parent / "results" / "tune_demo.json"
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rates", default="5e-4,1e-3,2e-3")
-    options.add_argument("--seeds", default="0,1")
-    options.add_argument("--set", action="append", default=[], help="override a key of both recipes: section.key=value")
+    options.add_argument("--rates", default="5e-4,1e-3,2e-3,4e-3")
     options.add_argument("--results", type=Path, default=RESULTS)
     chosen = options.parse_args()
     rates = [float(rate) for rate in chosen.rates.split(",")]
-    seeds = [int(seed) for seed in chosen.seeds.split(",")]
     runs = json.loads(chosen.results.read_text()) if chosen.results.exists() else []
-    recipes = {method: bundled_recipe(name, chosen.set) for method, name in METHODS.items()}
-    plain = recipes["LoRA"]
-    size, most = plain.data.image_size, plain.data.train_limit
-    made = bench(plain.model, plain.task, image_size=size, train_limit=most)
-    for rate in rates:
-        for method, recipe in recipes.items():
-            key = {"task": recipe.task, "method": method, "rate": rate, "set": chosen.set}
-            if any(all(run.get(name) == value for name, value in key.items()) for run in runs):
-                continue
-            runs.append(key | measure(made, recipe, rate, seeds))
-            print(runs[-1], flush=True)
-            chosen.results.parent.mkdir(exist_ok=True)
-            chosen.results.write_text(json.dumps(runs, indent=1) + "\n")
+    recipes = {method: bundled_recipe(name) for method, name in METHODS.items()}
+    plain, settings = recipes["LoRA"], Settings()
+    seeds = {plain.task: settings.seeds} | dict.fromkeys(settings.others, settings.seeds[:1])
+    for task in seeds:
+        made = bench(plain.model, task, image_size=plain.data.image_size, train_limit=plain.data.train_limit)
+        for rate in rates:
+            for method, recipe in recipes.items():
+                key = {"task": task, "method": method, "rate": rate}
+                if any(all(run[name] == value for name, value in key.items()) for run in runs):
+                    continue
+                runs.append(key | measure(made, recipe, rate, seeds[task]))
+                print(runs[-1], flush=True)
+                chosen.results.parent.mkdir(exist_ok=True)
+                chosen.results.write_text(json.dumps(runs, indent=1) + "\n")
     for method in METHODS:
-        best = max((run for run in runs if run["method"] == method), key=lambda run: run["validation"])
-        print(f"{method}: learning rate {best['rate']:g}, validation {best['validation']:.3f}")
+        means = {
+            rate: float(np.mean([r["validation"] for r in runs if (r["method"], r["rate"]) == (method, rate)]))
+            for rate in rates
+        }
+        best = max(means, key=lambda rate: means[rate])
+        print(f"{method}: learning rate {best:g}; {', '.join(f'{rate:g}: {mean:.3f}' for rate, mean in means.items())}")
 
 
-def measure(made, recipe, rate: float, seeds: list[int]) -> dict:
-    """Validation accuracy of each seed alone; for the map of regimes also half way between two and with layers kept."""
+def measure(made, recipe, rate: float, seeds: tuple[int, ...]) -> dict:
+    """Validation accuracy of each seed alone; for the map also with layers kept, and half way between two."""
     adapters, alone, seconds = [], [], []
     for seed in seeds:
         content = recipe.model_dump(mode="json")
         content["train"]["learning_rate"] = rate
         work = Path(tempfile.mkdtemp())
-        one = parse({**content, "seed": seed, "output": str(work / "adapter")})
+        one = parse({**content, "task": made.task.name, "seed": seed, "output": str(work / "adapter")})
         scratch = work / "scratch"
         scratch.mkdir()
         trained = train_on(made, one, work=scratch, resume=False, progress=False, overwrite=False)
@@ -70,9 +72,9 @@ def measure(made, recipe, rate: float, seeds: list[int]) -> dict:
         alone.append(made.evaluate(adapters[-1], "validation").value)
         seconds.append(round(trained.seconds, 1))
         shutil.rmtree(work)
-    found = {"seeds": seeds, "alone": alone, "validation": float(np.mean(alone)), "seconds": seconds}
-    for space in ("factors", "delta"):
-        found[f"half way, {space}"] = made.evaluate(interpolate(*adapters[:2], at=0.5, space=space), "validation").value
+    found = {"seeds": list(seeds), "alone": alone, "validation": float(np.mean(alone)), "seconds": seconds}
+    for space in ("factors", "delta") if len(adapters) > 1 else ():
+        found[f"half way, {space}"] = made.evaluate(interpolate(*adapters, at=0.5, space=space), "validation").value
     for keep in ("every-other", "low", "middle", "high"):
         found[keep] = float(np.mean([made.evaluate(prune(a, keep=keep), "validation").value for a in adapters]))
     return found

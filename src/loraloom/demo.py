@@ -196,15 +196,14 @@ def _prune(study: Study, bench: Any) -> None:
 
 
 def _report(study: Study, seconds: float) -> report.Report:
-    rows = list(_comparison(study))
     return report.Report(
         title="loraloom demo: LoRA and CoTo, taken apart and put together",
-        summary=_summary(study, rows),
+        summary=_summary(study),
         panels=(
             report.Table(
                 "CoTo against LoRA",
                 ("measurement", "LoRA", "CoTo", "CoTo - LoRA", "95 % interval"),
-                tuple(rows),
+                tuple(_comparison(study)),
                 note="Accuracy on test. The interval is a paired bootstrap over test examples for these runs; it does "
                 f"not cover the spread over seeds, of which there are {len(study.settings.seeds)}.",
                 command="loraloom demo",
@@ -222,10 +221,23 @@ def _report(study: Study, seconds: float) -> report.Report:
             "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
             "seconds": round(seconds, 1),
             "test examples": study.settings.limit or "all",
-            "recipes": {method: recipe.model_dump(mode="json") for method, recipe in study.recipes.items()},
+            "recipe": study.recipes["LoRA"].model_dump(mode="json", exclude={"task", "output", "seed"}),
+            "CoTo differs in": _difference(*(recipe.model_dump(mode="json") for recipe in study.recipes.values())),
         },
         records=tuple(_records(study)),
     )
+
+
+def _difference(plain: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``other`` that ``plain`` does not have alike; the outputs aside."""
+    found: dict[str, Any] = {}
+    for key, value in other.items():
+        before = plain.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            found |= {f"{key}.{inner}": held for inner, held in _difference(before, value).items()}
+        elif value != before and key != "output":
+            found[key] = value
+    return found
 
 
 def _measurements(study: Study) -> Iterator[tuple[str, tuple]]:
@@ -251,23 +263,28 @@ def _comparison(study: Study) -> Iterator[tuple[str, float, float, float, str]]:
         yield title, round(lora.value, 4), round(coto.value, 4), round(gap.value, 4), interval
 
 
-def _summary(study: Study, rows: Sequence[tuple]) -> str:
+def _summary(study: Study) -> str:
     """What came out, in words that follow from the numbers alone."""
-    gaps = [(title, study.advantage(*key)) for title, key in _measurements(study)]
-    better = [title for title, gap in gaps if gap.low > 0]
-    worse = [title for title, gap in gaps if gap.high < 0]
-    even = len(gaps) - len(better) - len(worse)
-    base = ", ".join(f"{task} {study.estimate('base', 'alone', task).value:.3f}" for task in study.tasks)
+    gaps = [study.advantage(*key) for _, key in _measurements(study)]
+    better, worse = sum(gap.low > 0 for gap in gaps), sum(gap.high < 0 for gap in gaps)
     total = {m: sum(v for (method, *_), v in study.seconds.items() if method == m) for m in study.recipes}
+    base = study.estimate("base", "alone", study.main).value
+
+    def both(*keys: tuple) -> str:
+        means = {m: np.mean([study.estimate(m, *key).value for key in keys]) for m in study.recipes}
+        return ", ".join(f"{method} {mean:.3f}" for method, mean in means.items())
+
     return (
-        f"The frozen model alone: {base}. CoTo is better than LoRA beyond the interval in {len(better)} of {len(gaps)} "
-        f"measurements{_listed(better)}, worse in {len(worse)}{_listed(worse)}, and not told apart in {even}. "
-        f"Training took CoTo {total['CoTo'] / total['LoRA']:.2f} of LoRA's time."
+        f"Alone on {study.main}: {both(('alone', study.main))} (frozen model {base:.3f}). "
+        f"Half way between two seeds, factors averaged: {both(('path', 'factors', 0.5))}. "
+        f"Three tasks in one adapter, updates averaged, mean of the tasks: "
+        f"{both(*[('merged', 'delta', task) for task in study.tasks])}. "
+        f"Only a third of the layers kept, mean of low, middle and high: "
+        f"{both(*[('kept', keep) for keep in ('low', 'middle', 'high')])}. "
+        f"Of {len(gaps)} measurements CoTo is better than LoRA beyond the 95 % interval in {better}, worse in {worse}, "
+        f"and not told apart in {len(gaps) - better - worse}. "
+        f"CoTo trained in {total['CoTo'] / total['LoRA']:.2f} of LoRA's time."
     )
-
-
-def _listed(titles: Sequence[str]) -> str:
-    return f" ({'; '.join(titles)})" if titles else ""
 
 
 def _series(study: Study, name: str, x: Sequence[Any], keys: Sequence[tuple]) -> report.Series:

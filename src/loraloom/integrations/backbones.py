@@ -49,7 +49,7 @@ def load_backbone(
     else:
         name, source = model, resolve(model)
         config = _configuration(name, source)
-    family = family or _family(name, config)
+    family = family or _family(name, config, type(model).__name__)
     if family not in FAMILIES:
         raise ValueError(f"model {name}: family {family!r} has no score here; allowed: {', '.join(FAMILIES)}")
     if processor is None:
@@ -98,10 +98,10 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _family(name: str, config: Any) -> str:
+def _family(name: str, config: Any, live: str) -> str:
     if name in models:
         return str(models[name].facts["family"])
-    if any("CausalLM" in architecture for architecture in getattr(config, "architectures", None) or ()):
+    if any("CausalLM" in architecture for architecture in (live, *(getattr(config, "architectures", None) or ()))):
         return "causal"
     return "vision" if hasattr(config, "num_channels") and not hasattr(config, "vocab_size") else "encoder"
 

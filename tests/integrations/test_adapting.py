@@ -1,0 +1,84 @@
+"""A fresh adapter comes from its seed alone, and the base is bare and unchanged when it goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from loraloom.integrations.adapting import training
+from loraloom.integrations.backbones import load_backbone
+from loraloom.integrations.peft import from_model
+
+
+def start(seed, **options):
+    with training(tiny_llama(), seed=seed, rank=2, alpha=4, **options) as model:
+        return {name: factors.A.clone() for name, factors in from_model(model).modules.items()}
+
+
+def test_the_start_depends_on_the_seed_alone_and_touches_no_other_stream():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = start(seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = start(seed=5), start(seed=6)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("lora", 2.0), ("rslora", 4 / 2**0.5), ("dora", 2.0), ("hira", 1.0)])
+def test_kinds_and_scales(kind, scale):
+    with training(tiny_llama(), kind=kind, rank=2, alpha=4) as model:
+        made = from_model(model)
+    assert made.kind == {"rslora": "lora"}.get(kind, kind)
+    assert all(factors.scale == pytest.approx(scale) for factors in made.modules.values())
+    assert {factors.rank for factors in made.modules.values()} == {2}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_base_is_bare_again(fails):
+    base = tiny_llama().requires_grad_(False)
+    names = [name for name, _ in base.named_modules()]
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    inputs = torch.arange(6)[None]
+    expected = base(input_ids=inputs).logits
+    with pytest.raises(RuntimeError) if fails else pytest.MonkeyPatch.context(), training(base, rank=2) as model:
+        assert any(weight.requires_grad for weight in model.parameters())
+        if fails:
+            raise RuntimeError("in the middle of training")
+    assert [name for name, _ in base.named_modules()] == names
+    assert all(torch.equal(weight, weights[name]) for name, weight in base.state_dict().items())
+    assert not any(weight.requires_grad for weight in base.parameters())
+    assert not base.training
+    assert torch.equal(base(input_ids=inputs).logits, expected)
+
+
+def test_a_module_that_is_not_there_is_named():
+    with (
+        pytest.raises(ValueError, match=r"adapter\.target_modules: .*no_such"),
+        training(tiny_llama(), target_modules=["no_such"]),
+    ):
+        pass
+
+
+def test_families_are_told_from_the_configuration(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    loaded = load_backbone(str(tmp_path / "llama"), processor=object())
+    assert loaded.family == "causal"
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    assert load_backbone(tiny_llama(), processor=object()).family == "causal"
+    with pytest.raises(ValueError, match=r"family 'audio' has no score here; allowed: causal"):
+        load_backbone(tiny_llama(), family="audio")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_backbone("./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no model folder"):
+        load_backbone(str(tmp_path / "empty"))
+
+
+def test_a_model_without_a_language_head_is_an_encoder():
+    from transformers import BertConfig, BertModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    assert load_backbone(BertModel(BertConfig(vocab_size=8, **size)), processor=object()).family == "encoder"
