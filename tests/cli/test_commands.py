@@ -119,7 +119,7 @@ WRONG = {
     "layer that is not there": (["prune", "a", "-o", "x", "--keep", "99"], "99"),
     "projection that is not there": (["prune", "a", "-o", "x", "--modules", "q_porj"], "q_porj"),
     "unknown task": (["evaluate", "a", "--task", "digist"], "digits"),
-    "a data set without that column": (["evaluate", "a", "--task", "hub:reviews"], "columns: stars, words"),
+    "a data set without that column": (["evaluate", "a", "--task", "hub:reviews"], "columns: words, stars"),
     "a data set that is not there": (["evaluate", "a", "--task", "task.yaml"], "task.yaml"),
     "unknown split": (["evaluate", "a", "--task", "digits", "--split", "tset"], "test"),
     "base without a model": (["evaluate", "base", "--task", "digits"], "--model"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -119,7 +120,8 @@ def _load(task: HubTask) -> dict[str, Any]:
             found = datasets.load_from_disk(str(folder))
         else:
             path = str(folder) if folder.is_dir() else task.dataset
-            found = datasets.load_dataset(path, task.config or None, revision=task.revision or None)
+            with _bars_off_for(folder):
+                found = datasets.load_dataset(path, task.config or None, revision=task.revision or None)
     except OSError as error:
         raise OSError(f"data set {task.dataset} cannot be read: {_line(error)}") from error
     except (ValueError, RuntimeError) as error:
@@ -135,6 +137,21 @@ def _load(task: HubTask) -> dict[str, Any]:
         elif name and (part == "train" or name != told[part]):  # a default name that is not there is no error
             raise ValueError(f"data set {task.dataset}: there is no split {name!r}; splits: {', '.join(found)}")
     return parts
+
+
+@contextmanager
+def _bars_off_for(folder: Path) -> Iterator[None]:
+    """A folder is read in a moment: no progress bar. A download shows its own."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    quiet = folder.is_dir() and is_progress_bar_enabled()
+    if quiet:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            enable_progress_bar()
 
 
 def _labels(task: HubTask, feature: Any, train: Any) -> tuple[str, ...]:
