@@ -1,6 +1,6 @@
 """How the demo's recipes were tuned: the learning rate of LoRA and of CoTo, from one grid, on validation splits.
 
-    python benchmarks/tune_demo.py --rates 5e-4,1e-3,2e-3,4e-3
+    python benchmarks/tune_demo.py --rates 2.5e-4,5e-4,1e-3,2e-3,4e-3
 
 The demo uses one rate a method on all its tasks. It is the one with the best validation accuracy of the finished
 adapters alone, first averaged over seeds, then over tasks; how they merge or prune plays no part. Every run is written
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "tune_demo.json"
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rates", default="5e-4,1e-3,2e-3,4e-3")
+    options.add_argument("--rates", default="2.5e-4,5e-4,1e-3,2e-3,4e-3")
     options.add_argument("--results", type=Path, default=RESULTS)
     chosen = options.parse_args()
     rates = [float(rate) for rate in chosen.rates.split(",")]
