@@ -48,13 +48,30 @@ def main() -> None:
                 print(runs[-1], flush=True)
                 chosen.results.parent.mkdir(exist_ok=True)
                 chosen.results.write_text(json.dumps(runs, indent=1) + "\n")
+    chosen.results.with_suffix(".md").write_text(table(runs, tuple(seeds)))
     for method in METHODS:
-        means = {
-            rate: float(np.mean([r["validation"] for r in runs if (r["method"], r["rate"]) == (method, rate)]))
-            for rate in rates
-        }
-        best = max(means, key=lambda rate: means[rate])
-        print(f"{method}: learning rate {best:g}; {', '.join(f'{rate:g}: {mean:.3f}' for rate, mean in means.items())}")
+        means = {rate: mean(runs, method, rate) for rate in rates}
+        print(f"{method}: learning rate {max(means, key=lambda rate: means[rate]):g}; validation by rate {means}")
+
+
+def mean(runs: list[dict], method: str, rate: float) -> float:
+    """Validation accuracy over the tasks, each the mean over its seeds."""
+    return float(np.mean([run["validation"] for run in runs if (run["method"], run["rate"]) == (method, rate)]))
+
+
+def table(runs: list[dict], tasks: tuple[str, ...]) -> str:
+    """The map of learning rates: all tasks alone, and the first task taken apart and put together."""
+    kept = ("half way, factors", "half way, delta", "every-other", "low", "middle", "high")
+    columns = ("rate", "method", *tasks, "mean", *(f"{tasks[0]}: {name}" for name in kept))
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    for rate in sorted({run["rate"] for run in runs}):
+        for method in METHODS:
+            found = {run["task"]: run for run in runs if (run["method"], run["rate"]) == (method, rate)}
+            numbers = [found[task]["validation"] for task in tasks]
+            numbers += [float(np.mean(numbers)), *(found[tasks[0]][name] for name in kept)]
+            lines.append(f"| {rate:g} | {method} | {' | '.join(f'{number:.3f}' for number in numbers)} |")
+    head = "<!-- Made by benchmarks/tune_demo.py: accuracy on validation splits; seeds as in the demo. -->\n\n"
+    return head + "\n".join(lines) + "\n"
 
 
 def measure(made, recipe, rate: float, seeds: tuple[int, ...]) -> dict:
