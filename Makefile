@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/loraloom demo --out runs/demo --overwrite
 
 test: $(READY) check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 8
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -rs --durations 8
 
 check: $(READY)
 	$(BIN)/ruff check .

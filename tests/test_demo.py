@@ -7,8 +7,8 @@ import json
 import pytest
 
 import chromium
-from cli.conftest import recipe_content, tiny_model  # noqa: F401
 from loraloom import demo, report
+from tiny_vision import tiny_model  # noqa: F401
 
 
 @pytest.fixture(scope="module")

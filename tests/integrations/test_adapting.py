@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import tiny_llama
 from loraloom.integrations.adapting import training
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.peft import from_model
+from tiny import tiny_llama
 
 
 def start(seed, **options):

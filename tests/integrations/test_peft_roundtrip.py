@@ -15,10 +15,10 @@ from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from conftest import tiny_llama
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.integrations.peft import attached, from_model
 from loraloom.store import load, save
+from tiny import tiny_llama
 
 # PEFT 0.21 asks Transformers 5.23 for a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

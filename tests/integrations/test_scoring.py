@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import loraloom as ll
-from conftest import tiny_llama
 from loraloom.integrations.scoring import Bench, bench, fit_prototypes
 from loraloom.tasks import Example, Task
+from tiny import tiny_llama
 
 VOCAB = 24
 
