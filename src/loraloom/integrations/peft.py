@@ -134,7 +134,7 @@ def attached(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
         >>> x = torch.ones(1, 2)
         >>> with attached(base, a) as peft_model:
         ...     change = peft_model(x) - base[0].base_layer(x)
-        >>> change
+        >>> change.detach().round()
         tensor([[4., 4., 4.]])
     """
     if adapter is None:
