@@ -14,13 +14,13 @@ test: $(READY) check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -rs --durations 8
 
 check: $(READY)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
 fix: $(READY)
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format .
 
 docs: $(READY)

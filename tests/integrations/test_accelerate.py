@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_runs as tiny
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import tiny_runs as tiny
 from loraloom.integrations.fit import FitOptions, fit
 from loraloom.integrations.gates import Gates
 from loraloom.strategies.progressive import CoTo

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs as tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertModel, TrainerCallback
 
+import tiny_runs as tiny
 from loraloom.integrations.fit import FitOptions, fit
 from loraloom.integrations.gates import Gates
 from loraloom.strategies.progressive import CoTo

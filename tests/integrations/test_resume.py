@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import tiny_runs as tiny
 from loraloom.integrations import checkpoints
 from loraloom.integrations.checkpoints import SEAL, SafeCheckpoints, is_whole, last_complete, remove_torn, seal
 from loraloom.integrations.fit import Fit, FitOptions, fit

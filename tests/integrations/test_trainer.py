@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_runs as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+import tiny_runs as tiny
 from loraloom.integrations.gates import Gates
 from loraloom.integrations.trainer import CoToCallback, RichProgress
 from loraloom.strategies.dropout import ProgressiveDropout

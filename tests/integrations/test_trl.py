@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs as tiny
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+import tiny_runs as tiny
 from loraloom.integrations.gates import Gates
 from loraloom.integrations.trainer import CoToCallback
 from loraloom.strategies.progressive import CoTo
