@@ -80,9 +80,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
         adapter_options["dropout"] = plan.probability(0)
     loss = bench.loss
     with edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed) as model:
-        fitted = fit.fit(
-            model, bench.task.splits["train"], collate=bench.collate, options=options, plan=plan, loss=loss
-        )
+        fitted = fit.fit(model, bench.training, collate=bench.collate, options=options, plan=plan, loss=loss)
         adapter = edge("peft").from_model(model)
     provenance = {
         "operation": "train",

@@ -51,6 +51,13 @@ def test_a_recipe_becomes_an_adapter_that_is_scored(loraloom, world):
     assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
 
 
+def test_a_score_does_not_depend_on_who_asks(run, world, tiny_model):
+    """An adapter trained on few examples meets the head that it was trained with."""
+    (row,) = json.loads(run("evaluate", "a", "--task", "digits", "--json").stdout)
+    asked = ll.bench(str(tiny_model), "digits", image_size=28, train_limit=60).evaluate(ll.load(world / "a"))
+    assert row == {"adapter": "a", **asked.to_json()}
+
+
 def test_merge_adds_the_updates(run, world):
     done = run("merge", "a", "b", "-o", "sum", "--weights", "0.25,2", "--space", "delta", "--json")
     assert done.exit_code == 0, done.output

@@ -13,6 +13,7 @@ import loraloom as ll
 from loraloom.integrations.scoring import Bench, bench, fit_prototypes
 from loraloom.tasks import Example, Task
 from tiny import tiny_llama
+from tiny_vision import tiny_model  # noqa: F401
 
 VOCAB = 24
 
@@ -98,6 +99,23 @@ def test_a_head_needs_labels_and_examples_of_each(causal):
     made = bench(tiny_llama(vocab=VOCAB), text_task(()), family="encoder", processor=Letters())
     with pytest.raises(ValueError, match="no causal model"):
         made.evaluate(None)
+
+
+def test_the_head_does_not_depend_on_how_much_is_trained_on(tiny_model):  # noqa: F811
+    few, many = (bench(str(tiny_model), "digits", image_size=28, train_limit=limit) for limit in (5, None))
+    assert (len(few.training), len(many.training)) == (5, len(many.task.splits["train"]))
+    assert torch.equal(few.head.directions, many.head.directions)
+    assert few.evaluate(None) == many.evaluate(None)
+
+
+def test_a_rare_label_is_searched_for(tiny_model):  # noqa: F811
+    task = ll.load_task("digits")
+    train = [example for example in task.splits["train"] if example.label != 3]
+    rare = next(example for example in task.splits["train"] if example.label == 3)
+    late = Task(task.name, "image", task.labels, task.prompt, {"train": [*train[:400], rare]}, "here", "none")
+    made = bench(str(tiny_model), late, image_size=28)
+    assert made.head.directions.shape == (10, 16)
+    assert len(train) > 400
 
 
 def test_evaluating_an_adapter_leaves_the_base_as_it_was(causal):

@@ -27,7 +27,7 @@ from loraloom.tasks.hub import HubTask
 from loraloom.tasks.metrics import Estimate, accuracy
 
 TEMPERATURE = 1 / 16  # of the cosine logits of prototype heads; 16 is high enough to fit, low enough to keep a gradient
-PROTOTYPE_EXAMPLES = 1000  # at most so many training examples make the prototypes
+PROTOTYPE_EXAMPLES = 160  # so many training examples make the prototypes, or 16 a label if that is more
 Batch = Mapping[str, Any]
 
 
@@ -117,6 +117,7 @@ class Bench:
         processor: tokenizer, or the mean and deviation of pixels.
         image_size: pixels a side that images are resized to.
         max_length: tokens that text is cut to.
+        train_limit: at most so many training examples; the head does not depend on it.
     """
 
     model: nn.Module
@@ -126,6 +127,12 @@ class Bench:
     processor: Any
     image_size: int = 98
     max_length: int = 128
+    train_limit: int | None = None
+
+    @property
+    def training(self) -> Sequence[Example]:
+        """The examples to train on."""
+        return self.task.splits["train"][: self.train_limit]
 
     # --- examples to batches -------------------------------------------------------------------------------------
 
@@ -165,16 +172,23 @@ class Bench:
 
     @cached_property
     def head(self) -> Prototypes:
-        """The fixed head of an encoder, from the frozen features of the first training examples."""
+        """The fixed head of an encoder: a function of model, task and input size alone, so that adapters can share it.
+
+        Made from the frozen features of the first training examples, as many as are needed to have each label.
+        """
         if not self.task.labels:
             raise ValueError(
                 f"task {self.task.name}: choices differ by example; {self.name} is no causal model to score them"
             )
-        examples = self.task.splits["train"][:PROTOTYPE_EXAMPLES]
+        train, classes = self.task.splits["train"], range(len(self.task.labels))
+        count = max(PROTOTYPE_EXAMPLES, 16 * len(classes))
+        while count < len(train) and {example.label for example in train[:count]} != set(classes):
+            count *= 2
+        examples = train[:count]
         pool = _pool(self.name, self.family)
         blank = Prototypes(torch.zeros(1), torch.zeros(1, 1), pool)
         features = torch.cat([self._features(self.model, batch, blank) for batch in self._batches(examples)])
-        return fit_prototypes(features, torch.tensor([e.label for e in examples]), len(self.task.labels), pool)
+        return fit_prototypes(features, torch.tensor([e.label for e in examples]), len(classes), pool)
 
     @property
     def loss(self) -> Callable[..., Tensor] | None:
@@ -291,12 +305,14 @@ def bench(
         >>> made.evaluate(None).value                          # doctest: +SKIP
         0.6
     """
-    made = task if isinstance(task, Task) else load_task(task, limit=train_limit and {"train": train_limit})
+    made = task if isinstance(task, Task) else load_task(task)
     backbone = load_backbone(model, family=family, processor=processor, dtype=dtype)
     takes = "image" if backbone.family == "vision" else "text"
     if made.modality != takes:
         raise ValueError(f"task {made.name} is of {made.modality}s; {backbone.name} ({backbone.family}) takes {takes}s")
-    return Bench(backbone.model, backbone.name, made, backbone.family, backbone.processor, image_size, max_length)
+    return Bench(
+        backbone.model, backbone.name, made, backbone.family, backbone.processor, image_size, max_length, train_limit
+    )
 
 
 def score(
