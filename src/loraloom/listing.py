@@ -38,7 +38,12 @@ def catalogue(what: str) -> list[dict[str, Any]]:
         ['constant', 'cosine', 'exponential', 'linear', 'sine', 'step']
     """
     return [
-        {"name": technique.name, "summary": technique.summary, **_plain(technique.facts), "paper": technique.paper}
+        {
+            "name": technique.name,
+            "summary": technique.summary.replace("``", ""),
+            **_plain(technique.facts),
+            "paper": technique.paper,
+        }
         for technique in registry(what).values()
     ]
 

@@ -108,6 +108,21 @@ def test_the_head_does_not_depend_on_how_much_is_trained_on(tiny_model):  # noqa
     assert few.evaluate(None) == many.evaluate(None)
 
 
+def test_the_head_is_made_of_frozen_features_whatever_is_asked_first(tiny_model):  # noqa: F811
+    from loraloom.adapter import Factors
+
+    first, second = (bench(str(tiny_model), "digits", image_size=28) for _ in range(2))
+    square = [name for name, module in first.model.named_modules() if getattr(module, "out_features", 0) == 16]
+    names = [name for name in square if first.model.get_submodule(name).in_features == 16]
+    large = Factors(torch.ones(16, 1), torch.linspace(-2, 2, 16)[None], scale=5.0)
+    adapter = ll.Adapter(
+        {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": names}, dict.fromkeys(names, large)
+    )
+    second.evaluate(None)
+    assert first.evaluate(adapter) == second.evaluate(adapter)
+    assert torch.equal(first.head.directions, second.head.directions)
+
+
 def test_a_rare_label_is_searched_for(tiny_model):  # noqa: F811
     task = ll.load_task("digits")
     train = [example for example in task.splits["train"] if example.label != 3]

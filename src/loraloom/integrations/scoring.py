@@ -255,6 +255,8 @@ class Bench:
         if split not in self.task.splits:
             raise UnknownName("split", split, list(self.task.splits))
         examples = self.task.splits[split][:limit]
+        if self.family != "causal":
+            _ = self.head  # made while the base is bare: it is of frozen features
         with attached(self.model, adapter) as model:
             training = model.training
             model.eval()
