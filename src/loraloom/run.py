@@ -42,11 +42,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
         >>> trained.adapter.kind                                                               # doctest: +SKIP
         'lora'
     """
-    if resume and recipe.output.exists() and _work(recipe).exists():  # killed between the last two lines of this
-        shutil.rmtree(_work(recipe))
-        adapter = load(recipe.output)
-        record = adapter.provenance["record"]
-        return Trained(adapter, recipe.output, record["seconds"], tuple(record["log"]))
+    if resume and (finished := _finished(recipe)):
+        return finished
     check_output(recipe.output, overwrite)
     bench = edge("scoring").bench(
         recipe.model, recipe.task, dtype=recipe.dtype, train_limit=recipe.data.train_limit, **_data_options(recipe)
@@ -84,7 +81,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
         adapter = edge("peft").from_model(model)
     provenance = {
         "operation": "train",
-        "arguments": recipe.model_dump(mode="json", exclude={"output"}),
+        "arguments": _arguments(recipe),
         "seed": recipe.seed,
         "record": {"seconds": fitted.seconds, "log": [dict(entry) for entry in fitted.log_history]},
     }
@@ -93,6 +90,23 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
     made = Adapter(config, adapter.modules, adapter.extras, provenance)
     save(made, recipe.output, overwrite=overwrite)
     return Trained(load(recipe.output), recipe.output, fitted.seconds, fitted.log_history)
+
+
+def _finished(recipe: Recipe) -> Trained | None:
+    """The result of this very recipe if it is there already: the run may have been killed just after it was saved."""
+    try:
+        adapter = load(recipe.output)
+    except (ValueError, OSError):  # nothing there, or no adapter
+        return None
+    if adapter.provenance.get("arguments") != _arguments(recipe):
+        return None
+    shutil.rmtree(_work(recipe), ignore_errors=True)
+    record = adapter.provenance["record"]
+    return Trained(adapter, recipe.output, record["seconds"], tuple(record["log"]))
+
+
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude={"output"})
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -36,6 +36,12 @@ def test_killed_and_resumed_is_bit_equal(loraloom, world):
     assert done.returncode == 0, done.stderr
     assert weights(world / "killed") == weights(world / "whole")
     assert not (world / "killed.training").exists()
+    (world / "killed.training").mkdir()  # as if killed between saving the adapter and tidying up
+    assert loraloom("train", "recipe.yaml", "--set", "output=killed", "--resume", *STEPS).returncode == 0
+    assert not (world / "killed.training").exists()
+    other = loraloom("train", "recipe.yaml", "--set", "output=killed", "--resume")
+    assert (other.returncode, "--overwrite" in other.stderr) == (2, True)
+    assert weights(world / "killed") == weights(world / "whole")
 
 
 def test_an_unfinished_run_is_not_overwritten_by_accident(loraloom, world):
