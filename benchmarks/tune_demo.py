@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from loraloom.demo import METHODS, Settings
-from loraloom.integrations.scoring import bench
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.prune import prune
 from loraloom.recipe import bundled_recipe, parse
-from loraloom.run import train_on
+from loraloom.run import bench_of, train_on
 
 RESULTS = Path(__file__).parent / "results" / "tune_demo.json"
 
@@ -38,7 +37,7 @@ def main() -> None:
     plain, settings = recipes["LoRA"], Settings()
     seeds = {plain.task: settings.seeds} | dict.fromkeys(settings.others, settings.seeds[:1])
     for task in seeds:
-        made = bench(plain.model, task, image_size=plain.data.image_size, train_limit=plain.data.train_limit)
+        made = bench_of(plain, task)
         for rate in rates:
             for method, recipe in recipes.items():
                 key = {"task": task, "method": method, "rate": rate}

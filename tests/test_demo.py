@@ -79,5 +79,9 @@ def test_a_failure_leaves_nothing_and_an_existing_output_is_refused(tmp_path, se
         demo.run(tmp_path / "demo", settings=settings, say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "kept").touch()
+    with pytest.raises(FileNotFoundError):  # the new folder cannot be put in place: the old one is there again
+        demo._put_in_place(tmp_path / "nowhere", tmp_path / "demo")
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["kept"]
     with pytest.raises(FileExistsError, match="--overwrite"):
         demo.run(tmp_path / "demo", settings=settings, say=pytest.fail)

@@ -113,9 +113,7 @@ def merge(
     extras: Annotated[
         Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")
     ] = Extras.refuse,
-    allow_different_bases: Annotated[
-        bool, typer.Option("--allow-different-bases", help="Base models of different names.")
-    ] = False,
+    allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -142,9 +140,7 @@ def interpolate(
     b: Annotated[Path, typer.Argument(metavar="B", show_default=False)],
     out: Out,
     at: Annotated[float, typer.Option("--at", help="0 is A, 1 is B.")] = 0.5,
-    allow_different_bases: Annotated[
-        bool, typer.Option("--allow-different-bases", help="Base models of different names.")
-    ] = False,
+    allow_different_bases: OtherBases = False,
     space: Annotated[Space, typer.Option(help="factors: (1-t)B_a + t B_b and so A; delta: the updates.")] = Space.delta,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -1,8 +1,8 @@
 """The main job on real weights and data: train LoRA and CoTo adapters, take them apart, put them together, report.
 
 Two seeds of each method on one task, one adapter each on two more; then the path between the seeds, a merge of the
-three tasks, and pruning. Both recipes (``recipes/demo``) were tuned on the validation split; all that is measured here
-is measured on test.
+three tasks, and pruning. The learning rates (``recipes/demo``) were tuned on validation splits; all that is measured
+here is measured on test.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from loraloom.ops.interpolate import interpolate
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
 from loraloom.recipe import Recipe, bundled_recipe, parse
-from loraloom.registry import edge
-from loraloom.run import check_output, train_on
+from loraloom.run import bench_of, check_output, train_on
 from loraloom.tasks.metrics import Estimate, accuracy, difference
 
 METHODS = {"LoRA": "demo/lora.yaml", "CoTo": "demo/coto.yaml"}
@@ -101,11 +100,8 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
         _measure_all(study, work)
         made = _report(study, time.perf_counter() - began)
         report.write(made, work)
-        if out.exists():
-            out.rename(work / "replaced")
         work.chmod(0o755)
-        work.rename(out)
-        shutil.rmtree(out / "replaced", ignore_errors=True)
+        _put_in_place(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(made.summary)
@@ -113,8 +109,22 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
     return made
 
 
+def _put_in_place(work: Path, out: Path) -> None:
+    """Rename; what was there goes only when the new folder stands, and comes back if it does not."""
+    before = work.with_name(f"{work.name}.replaced")
+    if out.exists():
+        out.rename(before)
+    try:
+        work.rename(out)
+    except OSError:
+        if before.exists():
+            before.rename(out)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def _measure_all(study: Study, work: Path) -> None:
-    benches = {task: _bench(study.recipes["LoRA"], task) for task in study.tasks}
+    benches = {task: bench_of(study.recipes["LoRA"], task) for task in study.tasks}
     for task, bench in benches.items():
         study.measure(("base", "alone", task), bench, None)
         _train(study, task, bench, work)
@@ -129,13 +139,6 @@ def _adjusted(recipe: Recipe, settings: Settings) -> Recipe:
         section, _, name = key.partition(".")
         content[section] = {**content[section], name: value} if name else value
     return parse(content, source="demo")
-
-
-def _bench(recipe: Recipe, task: str) -> Any:
-    data = recipe.data
-    return edge("scoring").bench(
-        recipe.model, task, image_size=data.image_size, max_length=data.max_length, train_limit=data.train_limit
-    )
 
 
 # --- measurements ------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def _report(study: Study, seconds: float) -> report.Report:
             "version": __version__,
             "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
             "seconds": round(seconds, 1),
-            "test examples": study.settings.limit or "all",
+            "test examples a task": f"at most {study.settings.limit}" if study.settings.limit else "all",
             "recipe": study.recipes["LoRA"].model_dump(mode="json", exclude={"task", "output", "seed"}),
             "CoTo differs in": _difference(*(recipe.model_dump(mode="json") for recipe in study.recipes.values())),
         },

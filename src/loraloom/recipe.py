@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
@@ -319,8 +319,3 @@ def _fields(place: Sequence[str | int]) -> list[str]:
             annotation = model.model_fields[str(part)].annotation
             model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
     return list(model.model_fields)
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors."""
-    return TypeAdapter(Recipe).json_schema()

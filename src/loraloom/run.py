@@ -45,9 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
     if resume and (finished := _finished(recipe)):
         return finished
     check_output(recipe.output, overwrite)
-    bench = edge("scoring").bench(
-        recipe.model, recipe.task, dtype=recipe.dtype, train_limit=recipe.data.train_limit, **_data_options(recipe)
-    )
+    bench = bench_of(recipe)
     work = _working_folder(recipe, resume=resume, overwrite=overwrite)
     try:
         trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
@@ -57,6 +55,11 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
         raise
     shutil.rmtree(work)
     return trained
+
+
+def bench_of(recipe: Recipe, task: str | None = None) -> Any:
+    """The recipe's model set up for its task, or for another one."""
+    return edge("scoring").bench(recipe.model, task or recipe.task, dtype=recipe.dtype, **recipe.data.model_dump())
 
 
 def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
@@ -117,10 +120,6 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise FileExistsError(f"output {path} exists; choose another or add --overwrite")
-
-
-def _data_options(recipe: Recipe) -> dict[str, int]:
-    return {"image_size": recipe.data.image_size, "max_length": recipe.data.max_length}
 
 
 def _work(recipe: Recipe) -> Path:

@@ -7,7 +7,6 @@ each file of the folder, written last and at once: a folder without a seal, or o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from loraloom.packages import file_digest
 
 SEAL = "complete.json"
 
@@ -45,7 +46,7 @@ def seal(folder: str | Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith(SEAL):
             _sync(path)
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     draft = folder / f"{SEAL}.draft"
     draft.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
     _sync(draft)
@@ -60,7 +61,7 @@ def is_whole(folder: str | Path) -> bool:
     try:
         files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
         return all(
-            (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
+            (folder / name).stat().st_size == entry["bytes"] and file_digest(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError):  # unreadable is torn too
@@ -151,8 +152,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
