@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, concat, truncate
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, basis, concat, truncate
 
 LAW = settings(derandomize=True, deadline=None, max_examples=80)
 SCALES = st.sampled_from([0.0, -2.0, 0.3, 1.0, 4.0])
@@ -75,12 +75,29 @@ def test_inner_product_is_the_dense_one(fs: list[Factors]) -> None:
 @given(factors())
 def test_svd_is_the_dense_one(f: Factors) -> None:
     u, s, vh = f.svd()
-    k = min(f.shape)
-    assert (u.shape, s.shape, vh.shape) == ((f.shape.out, k), (k,), (k, f.shape.in_))
+    k = len(s)
+    assert k <= min(f.shape) and (u.shape, vh.shape) == ((f.shape.out, k), (k, f.shape.in_))
     close((u * s) @ vh, dense(f))
     close(u.T @ u, torch.eye(k))
     close(vh @ vh.T, torch.eye(k))
-    close(s, torch.linalg.svdvals(dense(f))[:k])
+    values = torch.linalg.svdvals(dense(f))
+    close(s, values[:k])
+    close(values[k:], torch.zeros(len(values) - k))
+    close(f.singular_values(), s)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+)
+def test_a_basis_of_badly_scaled_and_dependent_columns(dtype, tolerance) -> None:
+    """Columns of lengths 1e-6 to 1e6, one of zeros and one twice: Q is orthonormal and gives the columns back."""
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype) * torch.logspace(-6, 6, 6).to(dtype)
+    x = torch.cat([x, torch.zeros(50, 1, dtype=dtype), x[:, :1]], dim=1)
+    found = basis(x)
+    q = x.double() @ found.map
+    assert q.shape == (50, 6)
+    assert (q.T @ q - torch.eye(6)).abs().max() < tolerance
+    assert ((q @ found.root - x.double()).norm(dim=0) <= tolerance * x.double().norm(dim=0)).all()
 
 
 @LAW

@@ -106,12 +106,15 @@ class Factors:
         """Frobenius norm of delta."""
         return max(self.inner(self), 0.0) ** 0.5
 
+    def singular_values(self) -> Float[Tensor, " k"]:
+        """Singular values of delta, falling, in float64; k is its numerical rank (see :func:`basis`)."""
+        return torch.linalg.svdvals(self.scale * (basis(self.B).root @ basis(self.A.T).root.T))
+
     def svd(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
-        """Thin SVD of delta by QR of both factors: ``delta = U @ diag(S) @ Vh``, k = min(r, out, in); in float64."""
-        qb, rb = torch.linalg.qr(self.B.double())
-        qa, ra = torch.linalg.qr(self.A.double().T)
-        u, s, vh = torch.linalg.svd(self.scale * (rb @ ra.T), full_matrices=False)
-        return qb @ u, s, vh @ qa.T
+        """Thin SVD, ``delta = U @ diag(S) @ Vh``, in float64; k is the numerical rank of delta (see :func:`basis`)."""
+        b, a = basis(self.B), basis(self.A.T)
+        u, s, vh = torch.linalg.svd(self.scale * (b.root @ a.root.T), full_matrices=False)
+        return self.B.double() @ (b.map @ u), s, (vh @ a.map.T) @ self.A.double()
 
     def scaled(self, weight: float) -> Factors:
         """The factors of ``weight * delta``; B and A are shared, only ``scale`` differs."""
@@ -123,6 +126,11 @@ class Factors:
             return self
         bias = None if self.bias is None else self.bias * self.scale
         return replace(self, B=self.B * self.scale, bias=bias, scale=1.0)
+
+    def to(self, device: torch.device | str) -> Factors:
+        """The same factors on another device."""
+        bias, magnitude = (None if held is None else held.to(device) for held in (self.bias, self.magnitude))
+        return replace(self, B=self.B.to(device), A=self.A.to(device), bias=bias, magnitude=magnitude)
 
 
 def concat(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -170,14 +178,62 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    u, s, vh = factors.svd()
+    left, right = basis(factors.B), basis(factors.A.T)
+    u, s, vh = torch.linalg.svd(factors.scale * (left.root @ right.root.T), full_matrices=False)
     kept = min(rank, len(s))
     root = s[:kept].sqrt()
-    b, a = u.new_zeros(factors.shape.out, rank), u.new_zeros(rank, factors.shape.in_)
-    b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * vh[:kept]
+    working = torch.promote_types(factors.dtype, torch.float32)
+    b = factors.B.to(working) @ (left.map @ (u[:, :kept] * root)).to(working)
+    a = (root[:, None] * vh[:kept] @ right.map.T).to(working) @ factors.A.to(working)
     total, tail = float(s.norm()), float(s[kept:].norm())
-    cut = replace(factors.baked(), B=b.to(factors.dtype), A=a.to(factors.dtype))
+    cut = replace(factors.baked(), B=padded(b, rank).to(factors.dtype), A=padded(a.T, rank).T.to(factors.dtype))
     return cut, (tail / total if total > 0 else 0.0)
+
+
+def padded(columns: Float[Tensor, "n k"], rank: int) -> Float[Tensor, "n rank"]:
+    """The matrix with zero columns added on the right, up to ``rank`` of them."""
+    return torch.nn.functional.pad(columns, (0, rank - columns.shape[1]))
+
+
+class Basis(NamedTuple):
+    """An orthonormal basis Q (n x p) of the columns of a tall X (n x r), never formed itself.
+
+    ``Q = X @ map`` and ``X = Q @ root``, both in float64; p is the numerical rank of X.
+    """
+
+    map: Float[Tensor, "r p"]
+    root: Float[Tensor, "p r"]
+
+
+def basis(x: Float[Tensor, "n r"]) -> Basis:
+    """Orthonormal basis of the columns of X, from small matrices alone.
+
+    The columns are brought to length 1 first, so a gauge with very unequal columns costs no accuracy. Types of 32 bits
+    and less go through the eigenvalues of X^T X in float64, n r^2 multiplications and no Q, which is exact to their own
+    precision; float64 goes through a QR decomposition. Directions below 3e-7 (float64: 1e-13) of the largest singular
+    value of the scaled X are dropped: in the stored precision they are rounding.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 6.0], [4.0, 8.0]])
+        >>> b = basis(x)
+        >>> b.root.shape
+        torch.Size([1, 2])
+        >>> (x.double() @ b.map).abs().flatten()
+        tensor([0.6000, 0.8000], dtype=torch.float64)
+    """
+    wide = x.double()
+    length = wide.norm(dim=0)
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    wide = wide * inverse
+    if x.dtype == torch.float64:
+        _, s, vh = torch.linalg.svd(torch.linalg.qr(wide, mode="r").R, full_matrices=False)
+        v, tolerance = vh.T, 1e-13
+    else:
+        squares, v = torch.linalg.eigh(wide.T @ wide)
+        s, tolerance = squares.clamp(min=0).sqrt(), 3e-7
+    kept = s > tolerance * s.max() if s.numel() else s > 0
+    s, v = s[kept], v[:, kept]
+    return Basis(v / s * inverse[:, None], s[:, None] * v.T * length)
 
 
 class Modules(Mapping[str, Factors]):

@@ -4,74 +4,99 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial, reduce
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind
+from loraloom.ops.certificate import chained, note
+from loraloom.ops.checks import (
+    Weights,
+    check_fit,
+    check_knobs,
+    check_linear,
+    check_size,
+    check_statistics,
+    checked_space,
+    checked_weights,
+    which,
+)
+from loraloom.ops.extras import config_of, extras_of, one_scale
 from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.spaces import SPACES, Combine, Request
-from loraloom.registry import Technique, UnknownName
+from loraloom.registry import Technique
 
 
-def merge(
+def merge(  # noqa: PLR0913 - every option that a merge has
     adapters: Sequence[Adapter],
     method: str = "linear",
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     *,
     space: str | None = None,
     rank: int | None = None,
+    energy: float | None = None,
+    budget: int | str | None = None,
     density: float | None = None,
     seed: int = 0,
+    statistics: Sequence[Mapping[str, Tensor]] | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    device: str | None = None,
     same_base: bool = True,
     extras: str = "refuse",
     **knobs: Any,
 ) -> Adapter:
     """Merge adapters of one base model into one adapter; nothing is computed before a module of it is read.
 
-    Spaces: what the method sees.
+    Spaces: what the method sees (docs/methods.md says which ones a method supports, and its own).
 
-    - ``delta``: the updates ``scale * B @ A``; a module that an adapter lacks counts as zero. A linear method runs on
-      the factors and is exact: the result has the sum of the ranks. Any other method sees dense updates, one module at
-      a time, and its result goes back to factors by SVD, at the sum of the ranks but at most min(out, in).
+    - ``delta``: the updates ``scale * B @ A``. A linear method runs on the factors and is exact: the result has the sum
+      of the ranks. Any other method sees dense updates, one module at a time, and its result goes back to factors by
+      SVD, at the sum of the ranks but at most min(out, in).
+    - ``core``: the updates in joint orthonormal bases, at most (sum of ranks) square. Lossless and small.
+    - ``knots``: the right parts of the SVD of all updates side by side.
     - ``factors``: B and A by themselves, ``(sum w_i B_i)(sum w_i A_i)`` for the linear method. The result has the rank
       of the adapters and depends on the gauge: ``(B P, P^-1 A)`` is the same update as ``(B, A)`` but merges to
       another one. Each weight enters twice: one adapter of weight w becomes w^2 times its update, and a negative
       weight is refused. Adapters of equal scale keep it; otherwise sqrt(scale) goes into both factors.
+    - ``units``: rank-one units, one a row, for methods that pair or cluster them. Depends on the gauge too.
 
-    A ``lora_bias`` is one more column of the update (times the scale) and is merged by the same method.
-    One adapter of weight 1 is returned as it is, unless the method declares otherwise or a rank is asked for.
+    A module that an adapter lacks counts as zero; ``factors`` refuses it. A ``lora_bias`` is one more column of the
+    update (times the scale) and is merged by the same method. One adapter of weight 1 is returned as it is, unless the
+    method declares otherwise or the size of the result is asked for.
 
     Args:
         adapters: at least one, all of one kind.
         method: name of a merge method (``loraloom list methods``).
-        weights: one finite number per adapter; 1/k each by default.
-        space: ``delta`` or ``factors``; by default the method's own.
-        rank: cut each module to this rank by SVD; the relative error of each module is recorded.
+        weights: one finite number per adapter, or such a list for every module path; 1/k each by default.
+        space: one of those above; by default the method's own.
+        rank: cut each module to this rank by SVD.
+        energy: cut each module to the least rank that keeps this share of its squared singular values, in (0, 1].
+        budget: bytes of the result's factors, shared out by singular value (as :func:`loraloom.ops.compress.compress`).
         density: share of entries that the method keeps, in (0, 1], for those that take it.
         seed: of methods that draw; every module has its own generator made from (seed, module path).
+        statistics: what some methods ask to know of each adapter, by module path (``loraloom measure``).
+        base: weights of the base model by module path, out x in, for DoRA and HiRA: their whole effective updates are
+            merged in ``delta``, to an ordinary LoRA.
+        device: where to compute ("cuda"); by default where the factors are. The result is where the factors were.
         same_base: refuse adapters whose base models have different names (the last part of the path is compared).
         extras: trained biases and ``modules_to_save``, when several adapters hold some: ``refuse``, or ``average``
             them by weight over the adapters that hold them. Those of a single adapter are kept.
         knobs: further arguments of the method.
 
     Returns:
-        A lazy adapter. ``provenance["record"]["error"]`` fills with ``{module: relative error}`` as modules are read
-        that were cut.
+        A lazy adapter. The error certificate ``provenance["record"]`` fills as modules are read that were cut:
+        ``error`` is ``{module: |asked - result| / |asked|}``, ``norm`` ``{module: |asked|}``, in Frobenius norms.
 
     Raises:
         AdapterMismatch: the adapters differ in kind, base model or sizes; for ``factors`` also in modules or ranks.
-        UnsupportedKind: DoRA (magnitudes do not add), HiRA under a method that looks at single entries of the delta,
-            an initialisation that moved the base weights (PiSSA and its like, unless converted).
+        UnsupportedKind: DoRA without ``base`` (magnitudes do not add), HiRA under a method that looks at single entries
+            of the delta, an initialisation that moved the base weights (PiSSA and its like, unless converted).
         UnknownName: no such method, space or option.
-        ValueError: weights, rank, density or knobs that do not fit.
+        ValueError: weights, size, density, statistics or knobs that do not fit.
 
     Example:
         >>> one = Factors(B=torch.ones(2, 1), A=torch.ones(1, 2))
@@ -85,54 +110,31 @@ def merge(
         2
     """
     technique = merge_methods[method]
-    weights = _checked_weights(weights, adapters)
-    _check_fit(adapters, same_base)
-    space = _checked_space(technique, space, weights)
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    checked = checked_weights(weights, adapters)
+    check_fit(adapters, same_base)
+    space = checked_space(technique, space, checked)
+    check_size(rank, energy, budget)
     given = knobs if density is None else {"density": density, **knobs}
-    job = _Job(adapters, technique, given, weights, space, rank, seed)
-    _check_knobs(job)
-    errors: dict[str, float] = {}
+    check_knobs(technique, given)
+    check_statistics(technique, len(adapters), statistics)
+    job = _Job(adapters, technique, given, checked, space, rank, seed, statistics, base, device)
+    job.rehearse()
+    asked = {"method": method, "weights": checked, "space": space, "rank": rank, "energy": energy, "budget": budget}
     provenance = {
         "operation": "merge",
-        "arguments": {"method": method, "weights": weights, "space": space, "rank": rank, **given}
-        | {"same_base": same_base, "extras": extras},
+        "arguments": asked | given | {"same_base": same_base, "extras": extras},
         "inputs": [dict(adapter.provenance) for adapter in adapters],
         "seed": seed,
-        "record": {"error": errors},
+        "record": job.record,
     }
-    if len(adapters) == 1 and weights == [1.0] and rank is None and "single" not in technique.breaks:
+    if job.untouched and energy is None and budget is None:
         return replace(adapters[0], provenance=provenance)
-    for adapter in adapters:
-        check_linear(adapter, "merge")
-    if adapters[0].kind == "hira" and space != "factors" and not job.linear:
-        raise UnsupportedKind(
-            f"method {method!r} looks at entries of the update, which HiRA multiplies by the base weights;"
-            " use space='factors'"
-        )
     shapes = _aligned(job)
-    modules = Modules(tuple(shapes), partial(_read, job, shapes, errors), shapes.__getitem__)
-    kept = space == "factors" and rank is None and _one_scale(adapters)
-    return Adapter(_config(adapters, shapes, kept=kept), modules, _extras(adapters, weights, extras), provenance)
-
-
-def check_linear(adapter: Adapter, verb: str) -> None:
-    """Refuse an adapter whose updates do not add: DoRA, unknown kinds, and those of a base that PEFT moves on loading.
-
-    Raises:
-        UnsupportedKind: says which and why.
-    """
-    if adapter.kind == "dora":
-        raise UnsupportedKind(f"cannot {verb} DoRA adapters: their magnitudes are not linear in the update")
-    if adapter.kind not in ("lora", "hira"):
-        raise UnsupportedKind(f"cannot {verb} adapters of kind {adapter.kind!r}; allowed: lora, hira")
-    start = str(adapter.config.get("init_lora_weights", "")).lower()
-    if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
-        raise UnsupportedKind(
-            f"cannot {verb} an adapter with init_lora_weights={start!r}: its update is relative to base weights that"
-            " this start has moved; convert it first (PEFT: path_initial_model_for_weight_conversion)"
-        )
+    modules = Modules(tuple(shapes), partial(_read, job, shapes), shapes.__getitem__)
+    kept = space == "factors" and not job.cut and one_scale(adapters)
+    config = config_of(adapters, shapes, kept=kept, as_lora=base is not None)
+    merged = Adapter(config, modules, extras_of(adapters, job.weights_of(None), extras), provenance)
+    return merged if energy is None and budget is None else _shrunk(merged, energy, budget)
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,38 @@ class _Job:
     adapters: Sequence[Adapter]
     technique: Technique[..., Tensor]
     knobs: Mapping[str, Any]
-    weights: list[float]
+    weights: Weights
     space: str
     rank: int | None
     seed: int
+    statistics: Sequence[Mapping[str, Tensor]] | None
+    base: Mapping[str, Tensor] | None
+    device: str | None
+    record: dict[str, Any] = field(default_factory=lambda: {"error": {}, "norm": {}})
 
     @property
     def linear(self) -> bool:
         return bool(self.technique.facts.get("linear"))
+
+    @property
+    def cut(self) -> bool:
+        """Whether the rank of the result was chosen, by the user or by the method, rather than come about."""
+        return self.rank is not None or self.technique.facts.get("rank") == "largest"
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the one adapter that there is comes out as it went in."""
+        plain = len(self.adapters) == 1 and self.rank is None and self.base is None
+        return plain and self.weights_of(None) == [1.0] and "single" not in self.technique.breaks
+
+    def weights_of(self, name: str | None) -> list[float]:
+        """The weights of one module; of None, those of all modules if they are the same."""
+        if not isinstance(self.weights, dict):
+            return self.weights
+        if name is not None:
+            return self.weights[name]
+        every = list(self.weights.values())
+        return every[0] if all(each == every[0] for each in every) else []
 
     def combine(self, name: str) -> Combine:
         """The method with its knobs, and its own generator for this module."""
@@ -160,8 +186,27 @@ class _Job:
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Sizes of the merged module from those of its parts."""
-        rank = self.rank or SPACES[self.space].rank(shapes, self.linear)
+        rank = self.rank or max(shape.rank for shape in shapes)
+        if not self.cut:
+            rank = SPACES[self.space].rank(shapes, self.linear)
         return Shape(shapes[0].out, shapes[0].in_, rank)
+
+    def rehearse(self) -> None:
+        """Refuse now what would be refused at the first module: the kind, and what the method finds wrong on zeros."""
+        kind = self.adapters[0].kind
+        first = next(iter(self.weights.values())) if isinstance(self.weights, dict) else self.weights
+        self.combine("")(torch.zeros(len(first), 2, 2), torch.tensor(first))
+        if self.base is not None and (kind not in ("dora", "hira") or self.space != "delta"):
+            raise ValueError(f"base goes with DoRA or HiRA in space 'delta', got {kind} in space {self.space!r}")
+        if self.untouched:
+            return
+        for adapter in self.adapters if self.base is None else ():
+            check_linear(adapter, "merge")
+        if kind == "hira" and self.base is None and self.space != "factors" and not self.linear:
+            raise UnsupportedKind(
+                f"method {self.technique.name!r} looks at entries of the update, which HiRA multiplies by the base"
+                " weights; use space='factors', or give base (--base)"
+            )
 
 
 def module_generator(seed: int, name: str) -> torch.Generator:
@@ -175,95 +220,84 @@ def module_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _read(job: _Job, shapes: Mapping[str, Shape], errors: dict[str, float], name: str) -> Factors:
+def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
     """Merge one module; called each time that it is read from the result."""
     # Not .get(): it would take a KeyError in reading for a module that is not there, that is, for zero.
     parts = [adapter.modules[name] if name in adapter.modules else None for adapter in job.adapters]  # noqa: SIM401
-    layouts = [(part.kernel, part.embedding) for part in parts if part is not None]
+    present = [part for part in parts if part is not None]
+    layouts = [(part.kernel, part.embedding) for part in present]
     if any(layout != layouts[0] for layout in layouts):
         raise AdapterMismatch(f"{name}: different kinds of layer (kernel, embedding): {layouts}")
+    home = present[0].B.device
+    if job.device is not None:
+        parts = [None if part is None else part.to(job.device) for part in parts]
     request = Request(
         name=name,
         combine=job.combine(name),
-        weights=job.weights,
+        weights=job.weights_of(name),
         linear=job.linear,
         rank=shapes[name].rank,
-        cut=job.rank is not None,
-        keep_scale=_one_scale(job.adapters),
+        cut=job.cut,
+        keep_scale=one_scale(job.adapters),
         bias=any(adapter.config.get("lora_bias") for adapter in job.adapters),
+        statistics=_statistics(job, name),
+        dense=None if job.base is None else partial(_effective, _weight(job, name), job.adapters[0].kind),
     )
     merged, error = SPACES[job.space].carry(parts, request)
     if error is not None:
-        errors[name] = error
-    return merged
+        note(job.record, name, error, merged)
+    return merged.to(home) if job.device is not None else merged
 
 
-# ---- checks and alignment, all before anything is read ----
+def _statistics(job: _Job, name: str) -> list[Tensor] | None:
+    if job.statistics is None:
+        return None
+    for at, known in enumerate(job.statistics):
+        if name not in known:
+            raise ValueError(f"{name}: the statistics of {which(at, job.adapters)} do not have this module")
+    return [known[name] for known in job.statistics]
 
 
-def _checked_weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> list[float]:
-    if not adapters:
-        raise ValueError("there is nothing to merge: at least one adapter is needed")
-    if weights is None:
-        return [1.0 / len(adapters)] * len(adapters)
-    if len(weights) != len(adapters):
-        raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters; one weight per adapter is needed")
-    checked = [float(weight) for weight in weights]
-    for at, weight in enumerate(checked):
-        if not math.isfinite(weight):
-            raise ValueError(f"weight {at + 1} of {len(checked)} is {weight}; weights must be finite numbers")
-    return checked
+def _weight(job: _Job, name: str) -> Tensor:
+    base = job.base or {}
+    if name not in base:
+        raise AdapterMismatch(f"{name}: the base model has no such weight")
+    return base[name] if job.device is None else base[name].to(job.device)
 
 
-def _check_fit(adapters: Sequence[Adapter], same_base: bool) -> None:
-    kinds = [adapter.kind for adapter in adapters]
-    if len(set(kinds)) > 1:
-        raise AdapterMismatch(f"adapters of different kinds do not merge: {', '.join(kinds)}")
-    named = [(_which(at, adapters), adapter.base) for at, adapter in enumerate(adapters) if adapter.base]
-    for who, base in named if same_base else ():
-        if _last(base) != _last(named[0][1]):
-            raise AdapterMismatch(
-                f"{named[0][0]} is of base model {named[0][1]!r}, {who} of {base!r};"
-                " if they fit all the same, say same_base=False (--allow-different-bases)"
-            )
+def _effective(weight: Tensor, kind: str, part: Factors) -> Tensor:
+    """What a DoRA or HiRA module adds to its base weight, out x in: ``m (W + D) / |W + D| - W`` or ``W * D``.
+
+    The norm is that of a row (PEFT; the columns of Liu et al. 2024, equation 5, for the weight transposed).
+    """
+    if weight.shape != part.shape[:2]:
+        raise AdapterMismatch(f"the base weight is {tuple(weight.shape)}, the update {part.shape[:2]}")
+    working = torch.promote_types(part.dtype, torch.float32)
+    weight, delta = weight.to(working), part.scale * (part.B.to(working) @ part.A.to(working))
+    if kind == "hira":
+        return weight * delta
+    if part.magnitude is None:
+        raise AdapterMismatch("a DoRA module without its magnitude")
+    moved = weight + delta
+    return part.magnitude.to(working)[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
 
 
-def _which(at: int, adapters: Sequence[Adapter]) -> str:
-    return f"adapter {at + 1} of {len(adapters)}"
+def _shrunk(merged: Adapter, energy: float | None, budget: int | str | None) -> Adapter:
+    """The merge, cut to an energy or a budget; its record tells the error of both steps against what was asked for."""
+    from loraloom.ops.compress import compress
 
+    first: dict[str, Any] = merged.provenance["record"]
+    small = compress(merged, energy=energy, budget=budget)
+    second, record = small.provenance["record"], dict(small.provenance["record"])
+    record.update(error={}, norm={})
 
-def _last(base: str) -> str:
-    """The last part of a model's path: the same model is found under many."""
-    return base.replace("\\", "/").rstrip("/").split("/")[-1]
+    def read(name: str) -> Factors:
+        factors = small.modules[name]
+        record["error"][name], record["norm"][name] = chained(first, second, name)
+        return factors
 
-
-def _checked_space(technique: Technique, space: str | None, weights: Sequence[float]) -> str:
-    supported = tuple(technique.facts.get("spaces", SPACES))
-    chosen = technique.facts.get("space", "delta") if space is None else space
-    if chosen not in SPACES:
-        raise UnknownName("space", chosen, list(SPACES))
-    if chosen not in supported:
-        raise ValueError(f"method {technique.name!r} has no space {chosen!r}; allowed: {', '.join(supported)}")
-    if chosen == "factors" and min(weights) < 0:
-        raise ValueError(
-            f"weight {min(weights)}: in space 'factors' a weight enters B and A both, so that a negative one takes"
-            " nothing away; use space='delta'"
-        )
-    return chosen
-
-
-def _check_knobs(job: _Job) -> None:
-    parameters = inspect.signature(job.technique.function).parameters.values()
-    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
-    for knob in job.knobs:
-        if knob not in takes:
-            raise ValueError(
-                f"method {job.technique.name!r} takes no {knob!r}; it takes: {', '.join(takes) or 'no such arguments'}"
-            )
-    if "density" in job.knobs and not 0 < job.knobs["density"] <= 1:
-        raise ValueError(f"density must be in (0, 1], got {job.knobs['density']}")
-    # On zeros a method has nothing to do, but it refuses now what it would refuse at the first module.
-    job.combine("")(torch.zeros(len(job.weights), 2, 2), torch.tensor(job.weights))
+    modules = Modules(tuple(small.modules), read, small.shape)
+    return replace(small, modules=modules, provenance={**merged.provenance, "record": record})
 
 
 def _aligned(job: _Job) -> dict[str, Shape]:
@@ -280,9 +314,9 @@ def _aligned(job: _Job) -> dict[str, Shape]:
 
 def _check_sizes(name: str, shapes: Mapping[int, Shape], job: _Job) -> None:
     start, first = next(iter(shapes.items()))
-    who = _which(start, job.adapters)
+    who = which(start, job.adapters)
     for at, shape in shapes.items():
-        other = _which(at, job.adapters)
+        other = which(at, job.adapters)
         if shape[:2] != first[:2]:
             raise AdapterMismatch(f"{name}: {who} is {first.out} x {first.in_}, {other} is {shape.out} x {shape.in_}")
         if SPACES[job.space].same and shape.rank != first.rank:
@@ -293,70 +327,6 @@ def _check_sizes(name: str, shapes: Mapping[int, Shape], job: _Job) -> None:
     if SPACES[job.space].same and len(shapes) < len(job.adapters):
         lacking = next(at for at in range(len(job.adapters)) if at not in shapes)
         raise AdapterMismatch(
-            f"{name}: {_which(lacking, job.adapters)} has no such module; space {job.space!r} needs the same modules in"
+            f"{name}: {which(lacking, job.adapters)} has no such module; space {job.space!r} needs the same modules in"
             " all, use space='delta'"
         )
-
-
-# ---- what the folder says besides the factors ----
-
-
-def _one_scale(adapters: Sequence[Adapter]) -> bool:
-    """Whether all configurations ask for the same scale of every module."""
-    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    asked = [[adapter.config.get(key) or None for key in keys] for adapter in adapters]
-    return all(scales == asked[0] for scales in asked)
-
-
-def _config(adapters: Sequence[Adapter], shapes: Mapping[str, Shape], *, kept: bool) -> dict[str, Any]:
-    """The first adapter's configuration, with what the others add and, unless ``kept``, ranks and scales made plain."""
-    config = {**adapters[0].config, "inference_mode": True}
-    saved = list(dict.fromkeys(name for a in adapters for name in a.config.get("modules_to_save") or ()))
-    if saved:
-        config["modules_to_save"] = saved
-    for key, off in (("bias", "none"), ("lora_bias", False)):
-        asked = [adapter.config[key] for adapter in adapters if adapter.config.get(key, off) != off]
-        if asked:
-            config[key] = asked[0]
-    return config if kept else {**config, **_plain(adapters[0].kind, shapes)}
-
-
-def _plain(kind: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The entries that say: these ranks, and a scale of 1 everywhere."""
-    usual = Counter(shape.rank for shape in shapes.values()).most_common(1)[0][0]
-    # PEFT reads the keys as regular expressions for the end of a path; "^" makes one name mean one module.
-    ranks = {f"^{re.escape(name)}": shape.rank for name, shape in shapes.items() if shape.rank != usual}
-    if kind == "hira":
-        return {"r": usual, "rank_pattern": ranks, "init_weights": True}
-    scales = {"lora_alpha": usual, "alpha_pattern": dict(ranks), "use_rslora": False}
-    return {"r": usual, "rank_pattern": ranks, **scales, "init_lora_weights": True}
-
-
-def _extras(adapters: Sequence[Adapter], weights: Sequence[float], how: str) -> Mapping[str, Tensor]:
-    if how not in ("refuse", "average"):
-        raise UnknownName("extras", how, ["refuse", "average"])
-    holders = [(adapter.extras, weight) for adapter, weight in zip(adapters, weights, strict=True) if adapter.extras]
-    if len(holders) <= 1:
-        return holders[0][0] if holders else {}
-    names = list(dict.fromkeys(name for extras, _ in holders for name in extras))
-    if how == "refuse":
-        raise AdapterMismatch(
-            f"{len(holders)} of {len(adapters)} adapters hold whole tensors ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}), which are not updates; extras='average' averages them"
-        )
-    return {name: _average(name, [(e[name], weight) for e, weight in holders if name in e]) for name in names}
-
-
-def _average(name: str, held: Sequence[tuple[Tensor, float]]) -> Tensor:
-    tensors = [tensor for tensor, _ in held]
-    if any(tensor.shape != tensors[0].shape or not tensor.is_floating_point() for tensor in tensors):
-        kinds = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
-        raise AdapterMismatch(f"{name}: tensors that do not average: {kinds}")
-    total = sum(weight for _, weight in held)
-    if total == 0:
-        raise ValueError(f"{name}: the weights of the adapters that hold it add up to 0, so it has no average")
-    stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    mean = torch.zeros_like(tensors[0], dtype=torch.promote_types(stored, torch.float32))
-    for tensor, weight in held:
-        mean += (weight / total) * tensor.to(mean.dtype)
-    return mean.to(stored)

@@ -1,4 +1,18 @@
-"""Spaces: maps from one module of all adapters to the matrices that a merge method sees, and back to factors."""
+"""Spaces: maps from one module of all adapters to the matrices that a merge method sees, and back to factors.
+
+- ``delta``: the updates, dense, one module at a time.
+- ``factors``: B and A as they are stored. Depends on the gauge: ``(B P, P^-1 A)`` is the same update, and merges to
+  another one.
+- ``core``: the updates in joint orthonormal bases, ``M_t = U^T D_t V``, at most (sum of ranks) square; lossless (Core
+  Space, Panariello et al. 2025, arXiv 2509.17786). U holds the left singular vectors of ``[D_1 ... D_k]``, V the right
+  ones of the updates on top of each other: the paper's spans, but bases that do not depend on the gauge.
+- ``knots``: the right parts V_t of ``[D_1 ... D_k] = U S [V_1 ... V_k]`` (KnOTS, Stoica et al. 2025, arXiv
+  2410.19735, section 4), each R x in.
+- ``units``: the rank-one units of every adapter, one a row, ``[b_i, a_i]`` with sqrt(scale) in both. Depends on the
+  gauge too.
+
+``core`` and ``knots`` come from Gram matrices of the stacked factors: the large matrices are touched by two products.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +20,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Factors, Shape, concat, truncate
+from loraloom.adapter import Basis, Factors, Shape, UnsupportedKind, basis, concat, padded, truncate
 
-Combine = Callable[[Tensor, Tensor], Tensor]  # a method with its knobs bound: (stack, weights) -> tensor
+Combine = Callable[..., Tensor]  # a method with its knobs bound: (stack, weights) -> tensor
 Parts = Sequence[Factors | None]  # one module of every adapter; None where an adapter has no such module
 
 
@@ -29,6 +44,8 @@ class Request:
         cut: whether that rank was asked for, so that an exact result of another rank is cut to it.
         keep_scale: whether parts of one scale may keep it (the configuration still says it).
         bias: whether the result has a bias even where no part has one.
+        statistics: what the method asks to know of each adapter, in the order of the parts.
+        dense: the update of one part, out x in, where that takes more than its factors (DoRA and HiRA, with the base).
     """
 
     name: str
@@ -39,6 +56,8 @@ class Request:
     cut: bool
     keep_scale: bool
     bias: bool
+    statistics: Sequence[Tensor] | None = None
+    dense: Callable[[Factors], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,13 @@ class Space:
         carry: (parts, request) -> the merged factors and their relative error (None where nothing was cut).
         rank: (sizes of the parts, linear) -> rank of the result where none is asked for.
         same: whether all adapters must have the same modules at the same ranks.
+        gauge: whether the result depends on the gauge of the factors.
     """
 
     carry: Callable[[Parts, Request], tuple[Factors, float | None]]
     rank: Callable[[Sequence[Shape], bool], int]
-    same: bool
+    same: bool = False
+    gauge: bool = False
 
 
 def refactor(dense: Tensor, rank: int, like: Factors, name: str) -> tuple[Factors, float]:
@@ -96,12 +117,16 @@ def in_factors(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     keep = request.keep_scale and len(set(scales)) == 1
     inner = [1.0] * len(whole) if keep else scales  # what goes into the factors; the rest stays outside
     signed = [math.copysign(math.sqrt(abs(scale)), scale) for scale in inner]
-    b = [root * part.B.to(working) for root, part in zip(signed, whole, strict=True)]
-    a = [abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)]
+    b = torch.stack([root * part.B.to(working) for root, part in zip(signed, whole, strict=True)])
+    a = torch.stack([abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)])
+    of_b, of_a = None, None
+    if request.statistics is not None:  # flat, B before A
+        flat = torch.stack(list(request.statistics)).to(b)
+        of_b, of_a = flat[:, : b[0].numel()].view_as(b), flat[:, b[0].numel() :].view_as(a)
     merged = replace(
         whole[0],
-        B=_combined(b, request),
-        A=_combined(a, request),
+        B=_combined(b, request, of_b),
+        A=_combined(a, request, of_a),
         scale=scales[0] if keep else 1.0,
         bias=_bias(whole, inner, request),
     )
@@ -113,33 +138,147 @@ def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     present = [part for part in parts if part is not None]
     stored, working = _types(present)
     scales = [0.0 if part is None else part.scale for part in parts]
-    if request.linear:
-        # A linear method is known by what it makes of the unit vectors: its coefficients.
-        unit = torch.eye(len(parts), dtype=torch.float64)
-        share = request.combine(unit, torch.tensor(request.weights, dtype=torch.float64)).tolist()
-        used = [c for part, c in zip(parts, share, strict=True) if part is not None]
+    if request.linear and request.dense is None:
+        used = [c for part, c in zip(parts, _shares(request), strict=True) if part is not None]
         dtype = working if request.cut else stored
         cast = [replace(part, B=part.B.to(dtype), A=part.A.to(dtype)) for part in present]
         return _cut(replace(concat(cast, used), bias=_bias(parts, scales, request)), stored, request)
-    zero = torch.zeros(present[0].shape[:2], dtype=working, device=present[0].B.device)
-    deltas = [zero if part is None else part.scale * (part.B.to(working) @ part.A.to(working)) for part in parts]
-    dense = _combined(deltas, request)
-    like = replace(present[0], B=present[0].B.to(stored), bias=_bias(parts, scales, request))
+    stack = torch.zeros(len(parts), *present[0].shape[:2], dtype=working, device=present[0].B.device)
+    for row, part in zip(stack, parts, strict=True):
+        if part is not None and request.dense is not None:
+            row.copy_(request.dense(part))
+        elif part is not None:
+            torch.mm(part.scale * part.B.to(working), part.A.to(working), out=row)
+    dense = _combined(stack, request, _stacked(request.statistics, stack))
+    del stack
+    like = replace(present[0], B=present[0].B.to(stored), bias=_bias(parts, scales, request), magnitude=None)
     return refactor(dense, request.rank, like, request.name)
 
 
-def _factor_rank(shapes: Sequence[Shape], linear: bool) -> int:
-    return shapes[0].rank
+class _Joint(NamedTuple):
+    """Bases of all updates of one module: ``U = B @ left`` and ``V = A^T @ right`` have orthonormal columns."""
+
+    B: Tensor  # out x R, the factors of all adapters, side by side
+    A: Tensor  # R x in
+    left: Tensor  # R x p
+    right: Tensor  # R x q
+    values: Tensor  # the p singular values of [D_1 ... D_k]
+    cores: list[Tensor | None]  # U^T D_t V, p x q; None for an adapter without the module
 
 
-def _delta_rank(shapes: Sequence[Shape], linear: bool) -> int:
-    total = sum(shape.rank for shape in shapes)
-    return total if linear else min(total, *shapes[0][:2])
+def _joint(parts: Parts, request: Request) -> _Joint:
+    """Left and right singular vectors of all updates, side by side and on top of each other, from small matrices.
+
+    With ``B = Q_b R_b`` and ``A^T = Q_a R_a`` for the stacked factors, ``D_t = Q_b (s_t R_bt R_at^T) Q_a^T``. The SVD
+    of the small matrices side by side gives U, that of them on top of each other V.
+    """
+    present = [part for part in parts if part is not None]
+    _, working = _types(present)
+    b = torch.cat([part.B.to(working) for part in present], dim=1)
+    a = torch.cat([part.A.to(working) for part in present], dim=0)
+    _check_finite(request.name, b, a)
+    of_b, of_a = basis(b), basis(a.T)
+    ranks = [part.rank for part in present]
+    small = [
+        part.scale * left @ right.T
+        for part, left, right in zip(present, of_b.root.split(ranks, 1), of_a.root.split(ranks, 1), strict=True)
+    ]
+    exact = working == torch.float64
+    u, values = _directions(small, of_b, exact)
+    v, _ = _directions([core.T for core in small], of_a, exact)
+    cores = iter(u.T @ core @ v for core in small)
+    return _Joint(b, a, of_b.map @ u, of_a.map @ v, values, [None if part is None else next(cores) for part in parts])
+
+
+def _directions(small: Sequence[Tensor], within: Basis, exact: bool) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of the matrices side by side; those of rounding are left out."""
+    wide = torch.cat(list(small), dim=1)
+    if wide.shape[1] > wide.shape[0]:  # the same left vectors from a square matrix
+        wide = torch.linalg.qr(wide.T, mode="r").R.T
+    u, s, _ = torch.linalg.svd(wide, full_matrices=False)
+    kept = s > (1e-13 if exact else 3e-7) * (s.max() if s.numel() else 0)
+    return u[:, kept], s[kept]
+
+
+def in_core(parts: Parts, request: Request) -> tuple[Factors, float | None]:
+    """The method on the coordinates of the updates in joint bases; nothing is lost on the way there and back."""
+    joint = _joint(parts, request)
+    working = joint.B.dtype
+    zero = joint.B.new_zeros(joint.left.shape[1], joint.right.shape[1])
+    stack = torch.stack([zero if core is None else core.to(working) for core in joint.cores])
+    merged = _combined(stack, request) if stack.numel() else zero
+    u, s, vh = torch.linalg.svd(merged.double(), full_matrices=False)
+    root = s.sqrt()
+    b = joint.B @ (joint.left @ u * root).to(working)
+    a = (root[:, None] * vh @ joint.right.T).to(working) @ joint.A
+    total, tail = float(s.norm()), float(s[request.rank :].norm())
+    error = tail / total if request.cut and total > 0 else 0.0 if request.cut else None
+    return _assembled(parts, request, b[:, : request.rank], a[: request.rank]), error
+
+
+def in_knots(parts: Parts, request: Request) -> tuple[Factors, float | None]:
+    """The method on the right parts ``V_t = S^-1 U^T D_t``; the result is ``U S`` times what it gives."""
+    joint = _joint(parts, request)
+    working = joint.B.dtype
+    inverse = joint.right.T  # q x R: V^T = inverse @ A
+    rows = [
+        joint.A.new_zeros(joint.left.shape[1], joint.A.shape[1])
+        if core is None
+        else ((core / joint.values[:, None]) @ inverse).to(working) @ joint.A
+        for core in joint.cores
+    ]
+    stack = torch.stack(rows)
+    merged = _combined(stack, request, _stacked(request.statistics, stack)) if stack.numel() else stack[0]
+    return _fitted(parts, request, joint.B @ (joint.left * joint.values).to(working), merged)
+
+
+def in_units(parts: Parts, request: Request) -> tuple[Factors, float | None]:
+    """The method on rows ``[b_i, a_i]``; it may give back any number of them."""
+    present = [part for part in parts if part is not None]
+    if request.bias or any(part.bias is not None for part in present):
+        raise UnsupportedKind(f"{request.name}: space 'units' has no place for a bias of B (lora_bias)")
+    _, working = _types(present)
+    out, most = present[0].shape.out, max(part.rank for part in present)
+    stack = torch.zeros(len(parts), most, sum(present[0].shape[:2]), dtype=working, device=present[0].B.device)
+    for rows, part in zip(stack, parts, strict=True):
+        if part is not None:
+            root = math.sqrt(abs(part.scale))
+            rows[: part.rank, :out] = math.copysign(root, part.scale) * part.B.T
+            rows[: part.rank, out:] = root * part.A
+    merged = _combined(stack, request)
+    return _fitted(parts, request, merged[:, :out].T, merged[:, out:])
+
+
+def _fitted(parts: Parts, request: Request, b: Tensor, a: Tensor) -> tuple[Factors, float | None]:
+    """Factors of the rank that was promised, from any number of columns and rows."""
+    if len(a) <= request.rank:
+        return _assembled(parts, request, b, a), 0.0 if request.cut else None
+    whole = _assembled(parts, replace(request, rank=len(a)), b, a)
+    return _cut(replace(whole, B=b, A=a), whole.dtype, replace(request, cut=True))
+
+
+def _assembled(parts: Parts, request: Request, b: Tensor, a: Tensor) -> Factors:
+    """Factors of scale 1 at the rank that was promised, stored as the parts are, with the merged bias."""
+    present = [part for part in parts if part is not None]
+    stored, _ = _types(present)
+    scales = [0.0 if part is None else part.scale for part in parts]
+    bias = _bias(parts, scales, request)
+    b, a = padded(b, request.rank).to(stored), padded(a.T, request.rank).T.to(stored)
+    return replace(present[0], B=b, A=a, scale=1.0, bias=bias)
+
+
+def _sum_of_ranks(shapes: Sequence[Shape], linear: bool) -> int:
+    return min(sum(shape.rank for shape in shapes), *shapes[0][:2])
 
 
 SPACES: Mapping[str, Space] = {
-    "factors": Space(in_factors, _factor_rank, same=True),
-    "delta": Space(in_delta, _delta_rank, same=False),
+    "factors": Space(in_factors, lambda shapes, linear: shapes[0].rank, same=True, gauge=True),
+    "delta": Space(
+        in_delta, lambda shapes, linear: sum(s.rank for s in shapes) if linear else _sum_of_ranks(shapes, linear)
+    ),
+    "core": Space(in_core, _sum_of_ranks),
+    "knots": Space(in_knots, _sum_of_ranks),
+    "units": Space(in_units, _sum_of_ranks, gauge=True),
 }
 
 
@@ -149,9 +288,22 @@ def _types(parts: Sequence[Factors]) -> tuple[torch.dtype, torch.dtype]:
     return stored, torch.promote_types(stored, torch.float32)
 
 
-def _combined(tensors: Sequence[Tensor], request: Request) -> Tensor:
-    stack = torch.stack(list(tensors))
-    return request.combine(stack, torch.tensor(request.weights, dtype=stack.dtype, device=stack.device))
+def _shares(request: Request) -> list[float]:
+    """The coefficients of a linear method, known by what it makes of the unit vectors."""
+    unit = torch.eye(len(request.weights), dtype=torch.float64)
+    share: list[float] = request.combine(unit, torch.tensor(request.weights, dtype=torch.float64)).tolist()
+    return share
+
+
+def _combined(stack: Tensor, request: Request, statistics: Tensor | None = None) -> Tensor:
+    weights = torch.tensor(request.weights, dtype=stack.dtype, device=stack.device)
+    if statistics is None:
+        return request.combine(stack, weights)
+    return request.combine(stack, weights, statistics=statistics)
+
+
+def _stacked(statistics: Sequence[Tensor] | None, like: Tensor) -> Tensor | None:
+    return None if statistics is None else torch.stack(list(statistics)).to(like)
 
 
 def _bias(parts: Parts, scales: Sequence[float], request: Request) -> Tensor | None:
@@ -165,7 +317,9 @@ def _bias(parts: Parts, scales: Sequence[float], request: Request) -> Tensor | N
         zero if part is None or part.bias is None else scale * part.bias.to(working)
         for part, scale in zip(parts, scales, strict=True)
     ]
-    return _combined([column[:, None] for column in columns], request)[:, 0].to(stored)
+    if request.statistics is not None:
+        raise UnsupportedKind(f"{request.name}: a bias of B (lora_bias) has no statistics to be merged by")
+    return _combined(torch.stack(columns)[:, :, None], request)[:, 0].to(stored)
 
 
 def _cut(merged: Factors, stored: torch.dtype, request: Request) -> tuple[Factors, float | None]:
@@ -178,5 +332,6 @@ def _cut(merged: Factors, stored: torch.dtype, request: Request) -> tuple[Factor
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    # The extremes are NaN or infinite if any entry is, and are found forty times faster than isfinite on every entry.
+    if not all(bool(torch.isfinite(torch.stack(tensor.aminmax())).all()) for tensor in tensors if tensor.numel()):
         raise ValueError(f"{name}: a matrix with NaN or infinite entries has no singular values")

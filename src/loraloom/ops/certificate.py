@@ -1,0 +1,58 @@
+"""The error certificate: how far each module of a result is from what was asked for, in Frobenius norms.
+
+An operator that cuts something keeps a record ``{"error": {module: |asked - result| / |asked|}, "norm": {module:
+|asked|}}`` in the provenance of its result; it fills as modules are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from loraloom.adapter import Factors
+
+
+def note(record: dict[str, Any], name: str, error: float, result: Factors) -> None:
+    """Enter one module: the result is an orthogonal projection of what was asked for, at a relative error.
+
+    Example:
+        >>> import torch
+        >>> record = {}
+        >>> note(record, "fc", 0.6, Factors(B=torch.tensor([[4.0]]), A=torch.ones(1, 1)))
+        >>> record
+        {'error': {'fc': 0.6}, 'norm': {'fc': 5.0}}
+    """
+    record.setdefault("error", {})[name] = error
+    record.setdefault("norm", {})[name] = result.norm() / math.sqrt(max(1 - error**2, 1e-30))
+
+
+def chained(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """Relative error and norm of a module that was projected twice, each time within what was left.
+
+    Example:
+        >>> chained({"error": {"fc": 0.6}, "norm": {"fc": 5.0}}, {"error": {"fc": 0.75}, "norm": {"fc": 4.0}}, "fc")
+        (0.848..., 5.0)
+    """
+    then, left = second["error"][name], second["norm"][name]
+    if name not in first["error"]:
+        return then, left
+    asked = first["norm"][name]
+    lost = math.hypot(first["error"][name] * asked, then * left)
+    return (lost / asked if asked > 0 else 0.0), asked
+
+
+def total(record: Mapping[str, Any]) -> float | None:
+    """Relative error over all modules together; None where nothing was cut.
+
+    Modules that were not cut have no entry, and do not count.
+
+    Example:
+        >>> total({"error": {"a": 0.0, "b": 1.0}, "norm": {"a": 4.0, "b": 3.0}})
+        0.6
+    """
+    errors, norms = record.get("error") or {}, record.get("norm") or {}
+    whole = math.hypot(*(norms.get(name, 0.0) for name in errors)) if errors else 0.0
+    if not errors:
+        return None
+    return math.hypot(*(errors[name] * norms.get(name, 0.0) for name in errors)) / whole if whole > 0 else 0.0

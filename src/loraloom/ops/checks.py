@@ -1,0 +1,163 @@
+"""What a merge refuses before anything is read: weights, kinds, bases, spaces and knobs that do not fit."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
+from loraloom.ops.spaces import SPACES
+from loraloom.registry import Technique, UnknownName
+
+Weights = list[float] | dict[str, list[float]]  # of all modules, or by module path
+
+
+def check_linear(adapter: Adapter, verb: str) -> None:
+    """Refuse an adapter whose updates do not add: DoRA, unknown kinds, and those of a base that PEFT moves on loading.
+
+    Raises:
+        UnsupportedKind: says which and why.
+    """
+    if adapter.kind == "dora":
+        raise UnsupportedKind(f"cannot {verb} DoRA adapters: their magnitudes are not linear in the update")
+    if adapter.kind not in ("lora", "hira"):
+        raise UnsupportedKind(f"cannot {verb} adapters of kind {adapter.kind!r}; allowed: lora, hira")
+    start = str(adapter.config.get("init_lora_weights", "")).lower()
+    if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
+        raise UnsupportedKind(
+            f"cannot {verb} an adapter with init_lora_weights={start!r}: its update is relative to base weights that"
+            " this start has moved; convert it first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+
+
+def checked_weights(
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None, adapters: Sequence[Adapter]
+) -> Weights:
+    """Finite numbers, one per adapter, for all modules or for each.
+
+    Raises:
+        ValueError: says which is missing, too many or not finite.
+    """
+    if not adapters:
+        raise ValueError("there is nothing to merge: at least one adapter is needed")
+    if weights is None:
+        return [1.0 / len(adapters)] * len(adapters)
+    if not isinstance(weights, Mapping):
+        return _numbers(weights, len(adapters), "")
+    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
+    for name in names:
+        if name not in weights:
+            raise ValueError(f"weights by module: {name} has none; every module needs {len(adapters)}")
+    for name in weights:
+        if name not in names:
+            raise UnknownName("module", name, names)
+    return {name: _numbers(weights[name], len(adapters), f"{name}: ") for name in names}
+
+
+def _numbers(weights: Sequence[float], count: int, where: str) -> list[float]:
+    if len(weights) != count:
+        raise ValueError(f"{where}{len(weights)} weights for {count} adapters; one weight per adapter is needed")
+    checked = [float(weight) for weight in weights]
+    for at, weight in enumerate(checked):
+        if not math.isfinite(weight):
+            raise ValueError(f"{where}weight {at + 1} of {count} is {weight}; weights must be finite numbers")
+    return checked
+
+
+def check_fit(adapters: Sequence[Adapter], same_base: bool) -> None:
+    """One kind, and one base model.
+
+    Raises:
+        AdapterMismatch: says which adapter differs, and how.
+    """
+    kinds = [adapter.kind for adapter in adapters]
+    if len(set(kinds)) > 1:
+        raise AdapterMismatch(f"adapters of different kinds do not merge: {', '.join(kinds)}")
+    named = [(which(at, adapters), adapter.base) for at, adapter in enumerate(adapters) if adapter.base]
+    for who, base in named if same_base else ():
+        if _last(base) != _last(named[0][1]):
+            raise AdapterMismatch(
+                f"{named[0][0]} is of base model {named[0][1]!r}, {who} of {base!r};"
+                " if they fit all the same, say same_base=False (--allow-different-bases)"
+            )
+
+
+def which(at: int, adapters: Sequence[Adapter]) -> str:
+    """What messages call an adapter."""
+    return f"adapter {at + 1} of {len(adapters)}"
+
+
+def _last(base: str) -> str:
+    """The last part of a model's path: the same model is found under many."""
+    return base.replace("\\", "/").rstrip("/").split("/")[-1]
+
+
+def checked_space(technique: Technique[..., Tensor], space: str | None, weights: Weights) -> str:
+    """The space that was asked for, or the method's own.
+
+    Raises:
+        UnknownName, ValueError: no such space, not of this method, or it cannot honour a negative weight.
+    """
+    supported = tuple(technique.facts.get("spaces", SPACES))
+    chosen = technique.facts.get("space", "delta") if space is None else space
+    if chosen not in SPACES:
+        raise UnknownName("space", chosen, list(SPACES))
+    if chosen not in supported:
+        raise ValueError(f"method {technique.name!r} has no space {chosen!r}; allowed: {', '.join(supported)}")
+    least = min(min(each) for each in (weights.values() if isinstance(weights, dict) else [weights]))
+    if SPACES[chosen].gauge and least < 0:
+        raise ValueError(
+            f"weight {least}: in space {chosen!r} a weight enters B and A both, so that a negative one takes"
+            " nothing away; use space='delta'"
+        )
+    return chosen
+
+
+def check_knobs(technique: Technique[..., Tensor], knobs: Mapping[str, Any]) -> None:
+    """Only arguments that the method has; ``density`` in (0, 1].
+
+    Raises:
+        ValueError: says which the method takes.
+    """
+    parameters = inspect.signature(technique.function).parameters.values()
+    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "statistics")]
+    for knob in knobs:
+        if knob not in takes:
+            raise ValueError(
+                f"method {technique.name!r} takes no {knob!r}; it takes: {', '.join(takes) or 'no such arguments'}"
+            )
+    if "density" in knobs and not 0 < knobs["density"] <= 1:
+        raise ValueError(f"density must be in (0, 1], got {knobs['density']}")
+
+
+def check_size(rank: int | None, energy: float | None, budget: int | str | None) -> None:
+    """At most one of the three that say how large the result may be.
+
+    Raises:
+        ValueError: more than one, or a rank that is not a whole number of at least 1.
+    """
+    if sum(value is not None for value in (rank, energy, budget)) > 1:
+        raise ValueError("rank, energy and budget each say how large the result may be; give at most one")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+
+
+def check_statistics(technique: Technique[..., Tensor], count: int, statistics: Sequence[Any] | None) -> None:
+    """Statistics where the method works by them, and only there; one per adapter.
+
+    Raises:
+        ValueError: says what is missing, or too much.
+    """
+    kind = technique.facts.get("statistics")
+    if kind and statistics is None:
+        raise ValueError(
+            f"method {technique.name!r} needs statistics ({kind}) of every adapter; see `loraloom measure`"
+        )
+    if statistics is not None and not kind:
+        raise ValueError(f"method {technique.name!r} uses no statistics")
+    if statistics is not None and len(statistics) != count:
+        raise ValueError(f"{len(statistics)} statistics for {count} adapters; one per adapter is needed")
