@@ -37,14 +37,17 @@ def catalogue(what: str) -> list[dict[str, Any]]:
         >>> [row["name"] for row in catalogue("schedules")]
         ['constant', 'cosine', 'exponential', 'linear', 'sine', 'step']
     """
+    techniques = list(registry(what).values())
+    facts = dict.fromkeys((name for technique in techniques for name in technique.facts), "")
     return [
         {
             "name": technique.name,
             "summary": technique.summary.replace("``", ""),
+            **facts,
             **_plain(technique.facts),
             "paper": technique.paper,
         }
-        for technique in registry(what).values()
+        for technique in techniques
     ]
 
 

@@ -195,7 +195,7 @@ def test_with_the_base_whole_effective_updates_are_merged_to_a_lora(kind, monkey
         else:
             effective.append(w * update)
     seen(monkeypatch, result=lambda deltas: deltas.sum(0))
-    with pytest.raises(UnsupportedKind, match="base|magnitudes"):
+    with pytest.raises(UnsupportedKind, match=r"base|magnitudes"):
         merge(adapters, "spy", space="delta")
     merged = merge(adapters, weights=[2.0, -1.0], base={Q: w}, rank=6)
     assert merged.kind == "lora" and merged.modules[Q].magnitude is None
