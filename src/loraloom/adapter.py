@@ -222,14 +222,18 @@ def basis(x: Float[Tensor, "n r"]) -> Basis:
         tensor([0.6000, 0.8000], dtype=torch.float64)
     """
     wide = x.double()
-    length = wide.norm(dim=0)
-    inverse = torch.where(length > 0, 1 / length, 0.0)
-    wide = wide * inverse
     if x.dtype == torch.float64:
-        _, s, vh = torch.linalg.svd(torch.linalg.qr(wide, mode="r").R, full_matrices=False)
+        root = torch.linalg.qr(wide, mode="r").R
+        length = root.norm(dim=0)
+    else:
+        gram = wide.T @ wide
+        length = gram.diagonal().sqrt()
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    if x.dtype == torch.float64:
+        _, s, vh = torch.linalg.svd(root * inverse, full_matrices=False)
         v, tolerance = vh.T, 1e-13
     else:
-        squares, v = torch.linalg.eigh(wide.T @ wide)
+        squares, v = torch.linalg.eigh(inverse[:, None] * gram * inverse)
         s, tolerance = squares.clamp(min=0).sqrt(), 3e-7
     kept = s > tolerance * s.max() if s.numel() else s > 0
     s, v = s[kept], v[:, kept]
