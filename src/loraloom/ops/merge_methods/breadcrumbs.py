@@ -1,0 +1,53 @@
+"""Weighted sum without the largest and the smallest entries."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.select import largest, share_of
+
+
+@merge_methods.register(
+    "breadcrumbs",
+    paper="https://arxiv.org/abs/2312.06795",
+    breaks=("single",),
+    spaces=("delta", "core", "knots", "factors"),
+)
+def breadcrumbs(
+    deltas: Float[Tensor, " k *shape"],
+    weights: Float[Tensor, " k"],
+    *,
+    density: float = 0.85,
+    gamma: float = 0.01,
+) -> Float[Tensor, " *shape"]:
+    """Outliers and small entries are masked (Model Breadcrumbs: Davari and Belilovsky 2023, section 3).
+
+    Per module and update the ``round(gamma * n)`` largest entries are dropped, then the ``round(density * n)`` largest
+    of the rest stay (at least one, at most all of the rest); the result is their weighted sum. A small tensor, where
+    ``gamma * n`` rounds to 0, loses no outlier.
+
+    Args:
+        deltas: the k updates, stacked.
+        weights: one weight per update, as they are.
+        density: share of entries kept, in (0, 1].
+        gamma: share of the largest entries dropped, in [0, 1).
+
+    Raises:
+        ValueError: ``gamma`` is outside [0, 1).
+
+    Example:
+        >>> breadcrumbs(torch.tensor([[9.0, 3.0, 2.0, 1.0]]), torch.ones(1), density=0.5, gamma=0.25)
+        tensor([0., 3., 2., 0.])
+    """
+    if not 0 <= gamma < 1:
+        raise ValueError(f"gamma must be in [0, 1), got {gamma}")
+    total = torch.zeros_like(deltas[0])
+    outliers = min(round(gamma * total.numel()), total.numel() - 1)
+    kept = min(share_of(density, total), total.numel() - outliers)
+    for delta, weight in zip(deltas, weights, strict=True):
+        stays = largest(delta, outliers + kept) & ~largest(delta, outliers)
+        total.add_(delta * stays, alpha=float(weight))
+    return total

@@ -1,0 +1,50 @@
+"""Entries that several tasks use."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraloom.ops.merge_methods import merge_methods
+
+
+@merge_methods.register(
+    "consensus", paper="https://arxiv.org/abs/2405.07813", spaces=("delta", "core", "knots", "factors")
+)
+def consensus(
+    deltas: Float[Tensor, " k *shape"],
+    weights: Float[Tensor, " k"],
+    *,
+    agree: int = 2,
+    strictness: float = 0.4,
+) -> Float[Tensor, " *shape"]:
+    """Weighted sum over the entries that at least so many tasks use (TALL masks: Wang et al. 2024, sections 4 and 5).
+
+    Task t uses an entry if ``|d_t| >= strictness * |sum_i d_i - d_t|`` (equation 3; the sum is over the updates of
+    weight not zero, turned round where the weight is negative). Entries that fewer than ``agree`` of them use, or fewer
+    than all where there are fewer, are set to 0.
+
+    Args:
+        deltas: the k updates, stacked.
+        weights: one weight per update, as they are.
+        agree: how many tasks must use an entry, at least 1 (2 in the paper; 1 drops those that no task uses).
+        strictness: the paper's lambda, at least 0.
+
+    Raises:
+        ValueError: ``agree`` is below 1 or ``strictness`` below 0.
+
+    Example:
+        >>> updates = torch.tensor([[1.0, 5.0], [1.0, 0.1]])
+        >>> consensus(updates, torch.tensor([0.5, 0.5]))
+        tensor([1., 0.])
+    """
+    if agree < 1 or strictness < 0:
+        raise ValueError(f"agree must be at least 1 and strictness at least 0, got {agree} and {strictness}")
+    signs = weights.sign()
+    whole = torch.tensordot(signs, deltas, dims=1)
+    users = torch.zeros_like(whole)
+    for delta, sign in zip(deltas, signs, strict=True):
+        users.add_((delta.abs() >= strictness * (whole - sign * delta).abs()) & (delta != 0) & bool(sign != 0))
+    needed = min(agree, int((signs != 0).sum()))
+    return torch.tensordot(weights, deltas, dims=1) * (users >= needed)

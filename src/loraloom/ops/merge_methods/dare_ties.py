@@ -1,0 +1,44 @@
+"""Random drop and rescale, then sign election."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraloom.ops.election import elected_mean
+from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.merge_methods.dare import dropped
+
+
+@merge_methods.register(
+    "dare_ties",
+    paper="https://arxiv.org/abs/2311.03099",
+    breaks=("single", "order"),
+    spaces=("delta", "core", "knots", "factors"),
+)
+def dare_ties(
+    deltas: Float[Tensor, " k *shape"],
+    weights: Float[Tensor, " k"],
+    *,
+    density: float = 0.5,
+    generator: torch.Generator,
+) -> Float[Tensor, " *shape"]:
+    """DARE's random drop and rescale (Yu et al. 2024, section 3), then TIES' sign election and disjoint mean.
+
+    Each entry of each update stays with probability ``density`` and is divided by it; signs are elected and means
+    taken as in ``ties``, over the entries that stay.
+
+    Args:
+        deltas: the k updates, stacked.
+        weights: one weight per update; they weigh the election and the mean.
+        density: probability to stay, in (0, 1].
+        generator: the only source of chance.
+
+    Example:
+        >>> updates, draw = torch.tensor([[3.0, -1.0], [1.0, 2.0]]), torch.Generator().manual_seed(0)
+        >>> dare_ties(updates, torch.tensor([0.5, 0.5]), density=1.0, generator=draw)
+        tensor([2., 2.])
+    """
+    masked = [dropped(delta, density, generator) for delta in deltas]
+    return elected_mean(masked, weights, torch.zeros_like(deltas[0]))
