@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
     from loraloom.integrations.trainer import CoToCallback
     from loraloom.listing import catalogue
+    from loraloom.ops.align import align
+    from loraloom.ops.arithmetic import scale, subtract
+    from loraloom.ops.compress import compress
     from loraloom.ops.interpolate import interpolate
     from loraloom.ops.merge import merge
     from loraloom.ops.prune import prune
@@ -37,6 +40,9 @@ _HOME = {
     "catalogue": "listing",
     **dict.fromkeys(["Evaluation", "bench", "evaluate", "score"], "integrations.scoring"),
     "CoToCallback": "integrations.trainer",
+    "align": "ops.align",
+    **dict.fromkeys(["scale", "subtract"], "ops.arithmetic"),
+    "compress": "ops.compress",
     "interpolate": "ops.interpolate",
     "merge": "ops.merge",
     "prune": "ops.prune",
@@ -63,6 +69,10 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "merge",
     "interpolate",
     "prune",
+    "compress",
+    "align",
+    "scale",
+    "subtract",
     "CoTo",
     "ProgressiveDropout",
     "CoToCallback",

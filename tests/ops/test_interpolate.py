@@ -85,3 +85,19 @@ def test_what_does_not_merge_does_not_interpolate_even_at_the_ends():
         with pytest.raises(UnknownName, match="space 'facters'"):
             interpolate(A, B, at, space="facters")
     assert interpolate(A, other, same_base=False).shape(Q).rank == 4
+
+
+@pytest.mark.parametrize("space", ["delta", "factors"])
+def test_the_bezier_curve_against_its_formula(space):
+    a, b, c = (random_adapter(seed, {Q: (6, 5, 2), V: (4, 5, 2)}, 2.0) for seed in (1, 2, 3))
+    for t in (0.25, 0.5, 0.9):
+        weights = [(1 - t) ** 2, 2 * t * (1 - t), t**2]
+        got = interpolate(a, b, t, via=c, space=space)
+        want = (ensemble if space == "delta" else fusion)([a, c, b], weights, Q)
+        assert np.allclose(delta(got.modules[Q]), want)
+    assert interpolate(a, b, 0, via=c).modules[Q] is a.modules[Q]
+    assert interpolate(a, b, 1, via=c).modules[Q] is b.modules[Q]
+    # In the space of the updates a control point in the middle makes the path straight.
+    middle = interpolate(a, b, 0.5)
+    bent, straight = interpolate(a, b, 0.3, via=middle), interpolate(a, b, 0.3)
+    assert np.allclose(delta(bent.modules[Q]), delta(straight.modules[Q]))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Basis, Factors, Shape, UnsupportedKind, basis, concat, padded, truncate
+from loraloom.ops.dense import low_rank
 
 Combine = Callable[..., Tensor]  # a method with its knobs bound: (stack, weights) -> tensor
 Parts = Sequence[Factors | None]  # one module of every adapter; None where an adapter has no such module
@@ -77,14 +78,15 @@ class Space:
     gauge: bool = False
 
 
-def refactor(dense: Tensor, rank: int, like: Factors, name: str) -> tuple[Factors, float]:
-    """Factors of the best approximation of a dense out x in update, its singular values split evenly; scale is 1.
+def refactor(dense: Tensor, rank: int, like: Factors, name: str, start: Tensor | None = None) -> tuple[Factors, float]:
+    """Factors of a dense out x in update at a rank, as :func:`loraloom.ops.dense.low_rank` has it; scale is 1.
 
     Args:
         dense: out x in.
-        rank: number of columns of the new B; zeros fill up where the update has fewer singular values.
+        rank: number of columns of the new B.
         like: gives the type, the layout and the bias of the result.
         name: the module path, for messages.
+        start: columns that span a first guess of the column space.
 
     Returns:
         The factors, and their relative error in the Frobenius norm.
@@ -99,14 +101,8 @@ def refactor(dense: Tensor, rank: int, like: Factors, name: str) -> tuple[Factor
         (tensor([0., 4.]), 0.6)
     """
     _check_finite(name, dense)
-    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    b, a = dense.new_zeros(dense.shape[0], rank), dense.new_zeros(rank, dense.shape[1])
-    b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * vh[:kept]
-    total, tail = float(s.norm()), float(s[kept:].norm())
-    cut = replace(like, B=b.to(like.dtype), A=a.to(like.dtype), scale=1.0)
-    return cut, (tail / total if total > 0 else 0.0)
+    b, a, error = low_rank(dense, rank, start)
+    return replace(like, B=b.to(like.dtype), A=a.to(like.dtype), scale=1.0), error
 
 
 def in_factors(parts: Parts, request: Request) -> tuple[Factors, float | None]:
@@ -152,7 +148,8 @@ def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     dense = _combined(stack, request, _stacked(request.statistics, stack))
     del stack
     like = replace(present[0], B=present[0].B.to(stored), bias=_bias(parts, scales, request), magnitude=None)
-    return refactor(dense, request.rank, like, request.name)
+    start = torch.cat([part.B.to(working) for part in present], dim=1)
+    return refactor(dense, request.rank, like, request.name, start)
 
 
 class _Joint(NamedTuple):

@@ -1,0 +1,171 @@
+"""Compressing an adapter: the best one of a lower rank, of a share of the energy, or within a number of bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, truncate
+from loraloom.ops.certificate import note
+from loraloom.registry import UnknownName
+from loraloom.strategies.units import group
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def compress(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | str | None = None,
+    scores: Mapping[str, float] | None = None,
+) -> Adapter:
+    """The best approximation of every update at a lower rank (Eckart and Young 1936), computed on the factors.
+
+    - ``rank``: that of every module, where it has more.
+    - ``energy``: each module keeps its largest singular values until their squares add up to this share of all. 1 drops
+      only directions that are rounding (3e-7 of the largest, 1e-13 for float64).
+    - ``budget``: all modules share a number of bytes; the direction with the largest ``s^2`` per byte is taken next,
+      as long as it fits. A module that keeps none leaves the adapter.
+
+    A module that loses nothing stays as it is. DoRA's B A is compressed and its magnitude kept, HiRA's B A before it
+    multiplies the base weight: the certificate is about B A. As PEFT gives all HiRA modules one rank, those keep the
+    largest that any of them needs, and cannot share a budget.
+
+    Args:
+        adapter: of any kind.
+        rank: a whole number of at least 1.
+        energy: in (0, 1].
+        budget: bytes of all factors, as a number or "10MB", "64MiB", or "0.5x" of what they take now.
+        scores: how much a byte of each layer or module is worth, with ``budget`` (Shapley values, say); at least 0.
+
+    Returns:
+        A lazy adapter. ``provenance["record"]`` fills with ``error`` and ``norm`` by module as modules are read.
+
+    Raises:
+        ValueError: not exactly one of rank, energy and budget, or one that is out of range.
+        UnknownName: scores of a unit that is not there.
+        UnsupportedKind: a budget for HiRA.
+
+    Example:
+        >>> import torch
+        >>> wide = Factors(B=torch.eye(3), A=torch.diag(torch.tensor([4.0, 3.0, 0.0])))
+        >>> a = Adapter({"r": 3, "lora_alpha": 3}, {"layers.0.q": wide})
+        >>> [compress(a, **how).shape("layers.0.q").rank for how in ({"rank": 2}, {"energy": 0.6}, {"budget": "0.4x"})]
+        [2, 1, 1]
+    """
+    record: dict[str, Any] = {"error": {}, "norm": {}}
+    arguments = {"rank": rank, "energy": energy, "budget": budget, "scores": None if scores is None else dict(scores)}
+    provenance = {
+        "operation": "compress",
+        "arguments": {key: value for key, value in arguments.items() if value is not None},
+        "inputs": [dict(adapter.provenance)],
+        "record": record,
+    }
+    _check(rank, energy, budget, scores)
+    if adapter.kind == "hira" and budget is not None:
+        raise UnsupportedKind("HiRA modules must have one rank to be loaded by PEFT, so they cannot share a budget")
+    if rank is not None:
+        ranks = {name: min(rank, adapter.shape(name).rank) for name in adapter.modules}
+    elif budget is not None:
+        ranks = _shared_out(adapter, _bytes(budget, adapter), scores)
+    else:
+        ranks = {}  # known when a module is read
+    if adapter.kind == "hira" and len(set(ranks.values())) != 1:
+        needed = ranks.values() or [_enough(_squares(one), energy or 1.0) for one in adapter.modules.values()]
+        ranks = dict.fromkeys(adapter.modules, max(needed))
+
+    def read(name: str) -> Factors:
+        factors = adapter.modules[name]
+        wanted = ranks[name] if name in ranks else _enough(_squares(factors), energy or 1.0)
+        small, error = (factors, 0.0) if wanted == factors.rank else truncate(factors, wanted)
+        note(record, name, error, small)
+        return small
+
+    names = tuple(ranks) or tuple(adapter.modules)
+    shape = (lambda name: adapter.shape(name)._replace(rank=ranks[name])) if ranks else cache(lambda n: read(n).shape)
+    config = {**adapter.config, "inference_mode": True}
+    return replace(adapter, config=config, modules=Modules(names, read, shape), provenance=provenance)
+
+
+def _check(
+    rank: int | None, energy: float | None, budget: int | str | None, scores: Mapping[str, float] | None
+) -> None:
+    if sum(value is not None for value in (rank, energy, budget)) != 1:
+        raise ValueError("compress takes one of rank, energy and budget")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    if scores is not None and budget is None:
+        raise ValueError("scores share out a budget; give one")
+
+
+def _squares(factors: Factors) -> list[float]:
+    found: list[float] = factors.singular_values().square().tolist()
+    return found
+
+
+def _enough(squares: list[float], energy: float) -> int:
+    """How many of the falling squares it takes to make up the share; at least one."""
+    whole, kept = math.fsum(squares), 0.0
+    for count, square in enumerate(squares, start=1):
+        kept += square
+        if kept >= energy * whole * (1 - 1e-12) and (energy < 1 or count == len(squares)):
+            return count
+    return 1
+
+
+def _bytes(budget: int | str, adapter: Adapter) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(budget).lower())
+    if match is None or (match[2] != "x" and match[2] not in _UNITS):
+        raise ValueError(f"budget {budget!r}: expected bytes such as 1000000, 10MB, 64MiB, or 0.5x of the present size")
+    if match[2] != "x":
+        return float(match[1]) * _UNITS[match[2]]
+    return float(match[1]) * sum(_size(adapter.modules[name]) * adapter.shape(name).rank for name in adapter.modules)
+
+
+def _size(factors: Factors) -> int:
+    """Bytes of one direction."""
+    return (factors.shape.out + factors.shape.in_) * factors.B.element_size()
+
+
+def _shared_out(adapter: Adapter, budget: float, scores: Mapping[str, float] | None) -> dict[str, int]:
+    """Rank by module: directions by falling gain per byte, as long as they fit."""
+    worth = _worth(adapter, scores)
+    order, sizes = [], {}
+    for at, name in enumerate(adapter.modules):
+        factors = adapter.modules[name]
+        sizes[name] = _size(factors)
+        order += [(-worth[name] * s / sizes[name], at, name) for s in _squares(factors) if s * worth[name] > 0]
+    order.sort()
+    ranks: dict[str, int] = {}
+    left = budget
+    for _, _, name in order:
+        if sizes[name] <= left:
+            left -= sizes[name]
+            ranks[name] = ranks.get(name, 0) + 1
+    if not ranks:
+        least = min(sizes.values(), default=0)
+        raise ValueError(f"budget of {budget:.0f} bytes keeps nothing; the smallest direction takes {least}")
+    return {name: ranks[name] for name in adapter.modules if name in ranks}
+
+
+def _worth(adapter: Adapter, scores: Mapping[str, float] | None) -> dict[str, float]:
+    """The score of every module: its own, or that of its layer."""
+    worth = dict.fromkeys(adapter.modules, 1.0)
+    if scores is None:
+        return worth
+    layers = group(list(adapter.modules), "layer")
+    for unit, score in scores.items():
+        if unit not in worth and unit not in layers:
+            raise UnknownName("unit", unit, [*layers, *worth])
+        if not (math.isfinite(score) and score >= 0):
+            raise ValueError(f"score of {unit} is {score}; scores must be finite and at least 0")
+        worth.update(dict.fromkeys(layers.get(unit, (unit,)), float(score)))
+    return worth

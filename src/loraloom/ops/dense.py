@@ -1,0 +1,81 @@
+"""From a dense update back to factors: a full SVD where that is small, block subspace iteration where it is not."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraloom.adapter import padded
+
+_SMALL = 512  # up to here a full SVD takes a fraction of a second
+_OVER = 16  # more directions than are asked for: the last of them converge slowly
+_ROUNDS = 6
+_GAIN = 1e-4  # iteration stops when a round adds less than this share of the energy
+
+
+def low_rank(
+    dense: Float[Tensor, "out in"], rank: int, start: Float[Tensor, "out p"] | None = None
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], float]:
+    """Factors of a dense matrix at a rank, and their exact relative error.
+
+    Up to 512 on the smaller side, or where the rank is a quarter of it, the best of that rank by SVD. Otherwise block
+    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from ``start`` and random directions, until a
+    round adds less than 1e-4 of the energy, at most 6 rounds: near the best, and deterministic. The singular values are
+    split evenly, ``B = U sqrt(S)``; zero columns fill up to the rank.
+
+    Args:
+        dense: out x in, finite.
+        rank: number of columns of B.
+        start: columns that span a first guess of the column space.
+
+    Returns:
+        B, A and ``|dense - B A| / |dense|``, computed from the difference itself (0 for a zero matrix).
+
+    Example:
+        >>> b, a, error = low_rank(torch.diag(torch.tensor([3.0, 4.0])), 1)
+        >>> (b @ a).diagonal().round(), round(error, 3)
+        (tensor([0., 4.]), 0.6)
+    """
+    size = min(dense.shape)
+    if size <= _SMALL or 4 * rank >= size:
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        total, tail = float(s.norm()), float(s[rank:].norm())
+        error = tail / total if total > 0 else 0.0
+    else:
+        u, s, vh = _iterated(dense, rank + _OVER, start)
+        error = -1.0
+    root = s[:rank].sqrt()
+    b, a = u[:, :rank] * root, root[:, None] * vh[:rank]
+    return padded(b, rank), padded(a.T, rank).T, _error(dense, b, a) if error < 0 else error
+
+
+def _iterated(dense: Tensor, width: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of a large matrix, about ``width`` of them."""
+    generator = torch.Generator().manual_seed(0)
+    held = 0 if start is None else min(start.shape[1], width - _OVER)
+    draw = torch.randn(dense.shape[1], width - held, generator=generator, dtype=dense.dtype).to(dense.device)
+    first = dense @ draw
+    if start is not None and held:
+        first = torch.cat([start.to(dense)[:, :held] / start.to(dense).norm().clamp(min=1e-30), first], dim=1)
+    q = torch.linalg.qr(first).Q
+    energy = 0.0
+    for _ in range(_ROUNDS):
+        down = dense.T @ q
+        caught = float(down.square().sum(dtype=torch.float64))
+        if caught <= energy * (1 + _GAIN):
+            break
+        energy = caught
+        q = torch.linalg.qr(dense @ torch.linalg.qr(down).Q).Q
+    right, triangle = torch.linalg.qr(dense.T @ q)
+    u, s, vh = torch.linalg.svd(triangle.T, full_matrices=False)
+    return q @ u, s, vh @ right.T
+
+
+def _error(dense: Tensor, b: Tensor, a: Tensor) -> float:
+    """Relative error from the difference, a block of rows at a time."""
+    lost = whole = 0.0
+    for rows, left in zip(dense.split(1024), b.split(1024), strict=True):
+        lost += float((rows - left @ a).square().sum(dtype=torch.float64))
+        whole += float(rows.square().sum(dtype=torch.float64))
+    return (lost / whole) ** 0.5 if whole > 0 else 0.0

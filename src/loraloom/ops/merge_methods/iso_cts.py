@@ -1,0 +1,54 @@
+"""Flat spectrum over common and task-specific directions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.spectrum import polar, triples
+
+
+@merge_methods.register(
+    "iso_cts", paper="https://arxiv.org/abs/2502.04959", space="core", spaces=("core", "delta"), breaks=("single",)
+)
+def iso_cts(
+    deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"], *, common: float = 0.8
+) -> Float[Tensor, " m n"]:
+    """Flat spectrum over common and task-specific directions (Iso-CTS: Marczak et al. 2025, section 4.2).
+
+    Of the weighted sum, of numerical rank R, the ``round(common * R)`` largest singular triples are the common ones.
+    What they leave of each update, ``w_t (D_t - U_c U_c^T D_t)``, gives its ``(R - c) // k`` largest triples. All left
+    vectors together, and all right ones, are replaced by the nearest orthonormal sets; every singular value becomes
+    the mean of all.
+
+    Args:
+        deltas: the k updates, stacked.
+        weights: one weight per update; 1 each is the paper's sum.
+        common: share of the directions that are common, in (0, 1]; 1 is ``iso_c``.
+
+    Raises:
+        ValueError: ``common`` is outside (0, 1].
+
+    Example:
+        >>> a, b = torch.diag(torch.tensor([4.0, 2.0, 0.0])), torch.diag(torch.tensor([4.0, 0.0, 1.0]))
+        >>> iso_cts(torch.stack([a, b]), torch.ones(2), common=0.3).diagonal()
+        tensor([3.6667, 3.6667, 3.6667])
+    """
+    if not 0 < common <= 1:
+        raise ValueError(f"common must be in (0, 1], got {common}")
+    whole = triples(torch.tensordot(weights, deltas, dims=1))
+    rank = len(whole.values)
+    shared = whole.first(round(common * rank))
+    found, own = [shared], (rank - len(shared.values)) // len(deltas)
+    for delta, weight in zip(deltas, weights, strict=True):
+        update = float(weight) * delta.double()
+        rest = update - shared.left @ (shared.left.T @ update)
+        found.append(triples(rest.to(deltas.dtype)).first(own))
+    values = torch.cat([one.values for one in found])
+    if not len(values):
+        return torch.zeros_like(deltas[0])
+    left = polar(torch.cat([one.left for one in found], dim=1))
+    right = polar(torch.cat([one.right for one in found], dim=1))
+    return (values.mean() * left @ right.T).to(deltas.dtype)

@@ -1,0 +1,144 @@
+"""compress(): dense SVDs as the oracle, the budget by an obvious greedy search."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from loraloom.adapter import Adapter, Factors, UnsupportedKind
+from loraloom.ops.certificate import total
+from loraloom.ops.compress import compress
+from loraloom.ops.merge import merge
+from loraloom.registry import UnknownName
+from loraloom.store import load, save
+from oracles.ops_dense import best, delta, random_adapter, random_factors
+
+Q, V, FC = "layers.0.q", "layers.0.v", "layers.1.fc"
+SIZES = {Q: (12, 9, 4), V: (6, 9, 3), FC: (9, 20, 6)}
+
+
+def test_rank_is_the_best_of_that_rank_and_never_more_than_there_is():
+    a = random_adapter(1, SIZES, 2.0)
+    small = compress(a, rank=4)
+    assert small.provenance["record"]["error"] == {}
+    for name, (_, _, had) in SIZES.items():
+        near, error = best(delta(a.modules[name]), min(4, had))
+        assert small.shape(name).rank == small.modules[name].rank == min(4, had)
+        assert np.allclose(delta(small.modules[name]), near, atol=1e-10)
+        assert small.provenance["record"]["error"][name] == pytest.approx(error, abs=1e-9)
+        assert small.provenance["record"]["norm"][name] == pytest.approx(np.linalg.norm(delta(a.modules[name])))
+    assert small.modules[V] is a.modules[V]  # nothing to lose
+    asked = [np.linalg.norm(delta(a.modules[name])) for name in SIZES]
+    lost = [np.linalg.norm(delta(a.modules[name]) - delta(small.modules[name])) for name in SIZES]
+    assert total(small.provenance["record"]) == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(asked))
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.99, 1.0])
+def test_energy_keeps_the_fewest_directions_that_make_it_up(energy):
+    a = random_adapter(2, SIZES)
+    small = compress(a, energy=energy)
+    for name, (_, _, had) in SIZES.items():
+        squares = np.linalg.svd(delta(a.modules[name]))[1][:had] ** 2
+        want = next(k for k in range(1, had + 1) if squares[:k].sum() >= energy * squares.sum() * (1 - 1e-12))
+        assert small.shape(name).rank == want
+        kept = np.linalg.norm(delta(small.modules[name])) ** 2
+        assert kept >= energy * squares.sum() * (1 - 1e-9)
+
+
+def test_all_the_energy_of_a_shared_A_is_at_its_own_rank():
+    a = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    adapters = [Adapter({"r": 3, "lora_alpha": 3}, {Q: Factors(torch.randn(7, 3), a)}) for _ in range(3)]
+    whole = merge(adapters)
+    small = merge(adapters, energy=1.0)
+    assert whole.shape(Q).rank == 9 and small.shape(Q).rank == 3
+    assert torch.allclose(small.modules[Q].delta(), whole.modules[Q].delta(), atol=1e-6)
+    assert small.provenance["record"]["error"][Q] < 1e-6 and small.provenance["operation"] == "merge"
+
+
+def greedy(a: Adapter, budget: float, worth: dict[str, float]) -> dict[str, int]:
+    """The obvious search: look at every module's next direction, take the best that fits."""
+    values = {n: np.linalg.svd(delta(a.modules[n]))[1][: a.modules[n].rank] ** 2 for n in a.modules}
+    size = {n: (a.shape(n).out + a.shape(n).in_) * 8 for n in a.modules}
+    ranks = dict.fromkeys(values, 0)
+    while True:
+        gains = {n: worth[n] * values[n][k] / size[n] for n, k in ranks.items() if k < len(values[n])}
+        fits = {n: gain for n, gain in gains.items() if size[n] <= budget and gain > 0}
+        if not fits:
+            return {n: k for n, k in ranks.items() if k}
+        taken = max(fits, key=fits.__getitem__)
+        ranks[taken] += 1
+        budget -= size[taken]
+
+
+@pytest.mark.parametrize("budget", [200, 700, 1500, "1kb", "1KiB", "0.5x", "1x"])
+@pytest.mark.parametrize("scores", [None, {"layers.0": 0.1, FC: 2.0}, {Q: 0.0}])
+def test_a_budget_is_shared_out_by_singular_value(budget, scores):
+    a = random_adapter(3, SIZES)
+    whole = sum((o + i) * r * 8 for o, i, r in SIZES.values())
+    asked = {"1kb": 1000, "1KiB": 1024, "0.5x": whole / 2, "1x": whole}.get(budget, budget)
+    worth = dict.fromkeys(SIZES, 1.0)
+    if scores:
+        worth |= {Q: 0.1, V: 0.1, FC: 2.0} if "layers.0" in scores else scores
+    small = compress(a, budget=budget, scores=scores)
+    want = greedy(a, asked, worth)
+    assert {name: small.shape(name).rank for name in small.modules} == want
+    assert sum(f.B.numel() * 8 + f.A.numel() * 8 for f in small.modules.values()) <= asked
+
+
+def test_a_merge_within_a_budget_has_the_certificate_of_both_steps(tmp_path):
+    adapters = [random_adapter(seed, SIZES, 2.0) for seed in (1, 2)]
+    small = merge(adapters, "ties", density=0.5, budget="0.6x")
+    dense = merge(adapters, "ties", density=0.5, rank=100)
+    for name in small.modules:
+        asked = delta(dense.modules[name])
+        error = np.linalg.norm(asked - delta(small.modules[name])) / np.linalg.norm(asked)
+        assert small.provenance["record"]["error"][name] == pytest.approx(error, abs=1e-7)
+        assert small.provenance["record"]["norm"][name] == pytest.approx(np.linalg.norm(asked))
+    again = load(save(small, tmp_path / "small"))
+    assert again.provenance["record"]["error"].keys() == set(small.modules)
+    for name in small.modules:
+        assert torch.allclose(again.modules[name].delta(), small.modules[name].delta())
+
+
+def test_bias_magnitude_and_type_stay():
+    part = random_factors(1, 6, 5, 3, 2.0, bias=torch.ones(6, dtype=torch.float64))
+    small = compress(Adapter({"r": 3, "lora_bias": True}, {Q: part}), rank=1).modules[Q]
+    assert torch.equal(small.scale * small.bias, 2 * torch.ones(6, dtype=torch.float64))
+    dora = replace(part, bias=None, magnitude=torch.ones(6, dtype=torch.float64))
+    assert torch.equal(compress(Adapter({"use_dora": True}, {Q: dora}), rank=1).modules[Q].magnitude, dora.magnitude)
+    half = Factors(B=part.B.half(), A=part.A.half())
+    assert compress(Adapter({"r": 3}, {Q: half}), rank=1).modules[Q].dtype == torch.float16
+
+
+def test_hira_keeps_one_rank():
+    a = random_adapter(4, SIZES, peft_type="HIRA")
+    ranks = {compress(a, energy=0.7).shape(name).rank for name in SIZES}
+    assert ranks == {max(compress(random_adapter(4, SIZES), energy=0.7).shape(name).rank for name in SIZES)}
+    with pytest.raises(UnsupportedKind, match="budget"):
+        compress(a, budget="1x")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({}, "one of rank, energy and budget"),
+        ({"rank": 1, "energy": 0.5}, "one of rank, energy and budget"),
+        ({"rank": 0}, "at least 1"),
+        ({"rank": True}, "at least 1"),
+        ({"energy": 0.0}, r"energy must be in \(0, 1\]"),
+        ({"energy": float("nan")}, r"energy must be in \(0, 1\]"),
+        ({"budget": "ten"}, "10MB"),
+        ({"budget": -5}, "10MB"),
+        ({"budget": 10}, "smallest direction takes 120"),
+        ({"rank": 1, "scores": {}}, "share out a budget"),
+        ({"budget": "1x", "scores": {Q: -1.0}}, "at least 0"),
+    ],
+)
+def test_wrong_requests_are_refused(how, says):
+    with pytest.raises(ValueError, match=says):
+        compress(random_adapter(1, SIZES), **how)
+    with pytest.raises(UnknownName, match=r"layers\.7"):
+        compress(random_adapter(1, SIZES), budget="1x", scores={"layers.7": 1.0})
