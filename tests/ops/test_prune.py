@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind
+from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, truncate
 from loraloom.ops.prune import prune
 from loraloom.registry import UnknownName
+from loraloom.store import load, save
 from oracles.ops_dense import best, delta, largest, random_adapter, random_factors
 
 calm = settings(derandomize=True, deadline=None, max_examples=40)
@@ -24,7 +25,7 @@ def tower(
     return {f"{path}.{number}.{role}": (3, 4, 2) for number in layers for role in roles}
 
 
-def layers_of(adapter: Adapter, path: str) -> list[int]:
+def layers_of(adapter: Adapter, path: str = "model.layers") -> list[int]:
     found = [name.removeprefix(path + ".").split(".")[0] for name in adapter.modules if name.startswith(path + ".")]
     return list(dict.fromkeys(int(number) for number in found))
 
@@ -242,6 +243,127 @@ def test_random_is_exact_seeded_and_leaves_the_global_generator_alone():
     assert one != entries(prune(TWELVE, density=0.3))
 
 
+# ---- scopes, patterns, directions, scores ----
+
+THREE = random_adapter(5, {"h.0.q": (6, 5, 2), "h.0.v": (4, 5, 3), "h.1.q": (6, 5, 2)}, 2.0)
+NAMES = list(THREE.modules)
+
+
+def mask_of(values: list[np.ndarray], density: float) -> list[np.ndarray]:
+    flat = np.concatenate([v.ravel() for v in values])
+    kept = np.array(largest(flat.tolist(), round(density * flat.size)))
+    return [
+        part.reshape(v.shape)
+        for part, v in zip(np.split(kept, np.cumsum([v.size for v in values])[:-1]), values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("scope", ["model", "layer", "module"])
+@pytest.mark.parametrize("space", ["factors", "balanced", "delta"])
+def test_density_holds_in_every_scope(scope, space):
+    pools = {"model": [NAMES], "layer": [NAMES[:2], NAMES[2:]], "module": [[n] for n in NAMES]}[scope]
+    pruned = prune(THREE, density=0.4, scope=scope, space=space, rank=5 if space == "delta" else None)
+    for pool in pools:
+        parts = {n: THREE.modules[n] for n in pool}
+        if space == "balanced":
+            parts = {n: truncate(f, f.rank)[0] for n, f in parts.items()}
+        whole = {n: [delta(f)] if space == "delta" else [f.B.numpy(), f.A.numpy()] for n, f in parts.items()}
+        masks = iter(mask_of([m for matrices in whole.values() for m in matrices], 0.4))
+        for name, matrices in whole.items():
+            want = [m * next(masks) for m in matrices]
+            got = pruned.modules[name]
+            made = [delta(got)] if space == "delta" else [got.B.numpy(), got.A.numpy()]
+            assert all(np.allclose(left, right, atol=1e-10) for left, right in zip(made, want, strict=True))
+    record = pruned.provenance["record"]
+    assert sum(record["kept"].values()) == record["entries_kept"] and abs(record["density"] - 0.4) < 0.05
+
+
+def test_balanced_entries_do_not_depend_on_the_gauge_and_spare_a_small_B():
+    p = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f = random_factors(1, 30, 20, 2)
+    young = replace(f, B=1e-4 * f.B)
+    other = replace(f, B=1e-4 * f.B @ torch.linalg.inv(p), A=p @ f.A)
+    one, two = (prune(Adapter({"r": 2}, {"h.0.q": part}), density=0.3, space="balanced") for part in (young, other))
+    assert torch.allclose(one.modules["h.0.q"].delta(), two.modules["h.0.q"].delta(), atol=1e-12)
+    assert one.modules["h.0.q"].norm() > 0.3 * young.norm()
+    assert prune(Adapter({"r": 2}, {"h.0.q": young}), density=0.3).modules["h.0.q"].norm() == 0
+
+
+@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:3", "3:3"])
+def test_a_pattern_keeps_the_largest_of_every_few_neighbours(space, pattern):
+    most, of = map(int, pattern.split(":"))
+    pruned = prune(THREE, pattern=pattern, space=space, rank=5 if space == "delta" else None)
+    for name in NAMES:
+        f, got = THREE.modules[name], pruned.modules[name]
+        pairs = (
+            [(delta(f), delta(got))]
+            if space == "delta"
+            else [(f.B.numpy(), got.B.numpy()), (f.A.numpy(), got.A.numpy())]
+        )
+        for before, after in pairs:
+            want = np.zeros_like(before)
+            for i, row in enumerate(before):
+                for start in range(0, len(row), of):
+                    piece = row[start : start + of]
+                    for at in sorted(range(len(piece)), key=lambda j: (-abs(piece[j]), j))[:most]:
+                        want[i, start + at] = piece[at]
+            assert np.allclose(after, want, atol=1e-10)
+        assert pruned.provenance["record"]["kept"][name] > 0
+
+
+@pytest.mark.parametrize("scope", ["model", "layer", "module"])
+def test_directions_stay_by_singular_value(scope):
+    pools = {"model": [NAMES], "layer": [NAMES[:2], NAMES[2:]], "module": [[n] for n in NAMES]}[scope]
+    pruned = prune(THREE, density=0.5, unit="rank", scope=scope)
+    want = {}
+    for pool in pools:
+        values = [(s, n) for n in pool for s in np.linalg.svd(delta(THREE.modules[n]))[1][: THREE.modules[n].rank]]
+        for _, name in sorted(values, reverse=True)[: max(1, round(0.5 * len(values)))]:
+            want[name] = want.get(name, 0) + 1
+    assert {n: pruned.shape(n).rank for n in pruned.modules} == {n: want[n] for n in NAMES if n in want}
+    for name in pruned.modules:
+        near, error = best(delta(THREE.modules[name]), want[name])
+        assert np.allclose(delta(pruned.modules[name]), near) and pruned.modules[name].rank == want[name]
+        if want[name] < THREE.shape(name).rank:
+            assert pruned.provenance["record"]["error"][name] == pytest.approx(error, abs=1e-10)
+    record = pruned.provenance["record"]
+    assert (record["directions"], record["directions_kept"]) == (7, sum(want.values()))
+
+
+def test_directions_at_random_are_seeded_parts_of_the_update():
+    one, two, other = (prune(THREE, density=0.6, unit="rank", by="random", seed=seed).loaded() for seed in (0, 0, 3))
+    assert all(torch.equal(one.modules[n].B, two.modules[n].B) for n in one.modules)
+    assert any(n not in other.modules or one.shape(n) != other.shape(n) for n in one.modules) or any(
+        not torch.equal(one.modules[n].B, other.modules[n].B) for n in one.modules
+    )
+    for name, part in one.modules.items():
+        whole = THREE.modules[name]
+        assert whole.norm() ** 2 == pytest.approx(part.norm() ** 2 + (replace_delta(whole, part)) ** 2)
+
+
+def replace_delta(whole: Factors, part: Factors) -> float:
+    return float(np.linalg.norm(delta(whole) - delta(part)))
+
+
+def test_whole_units_stay_by_norm_by_chance_or_by_score(tmp_path):
+    by_norm = prune(TWELVE, density=0.25, unit="layer")
+    norms = {n: sum(f.norm() ** 2 for m, f in TWELVE.modules.items() if f".{n}." in m) for n in range(12)}
+    loudest = sorted(sorted(norms, key=norms.__getitem__, reverse=True)[:3])
+    assert layers_of(by_norm) == loudest
+    assert by_norm.provenance["record"]["units"] == [f"model.layers.{n}" for n in loudest]
+    scores = {f"model.layers.{n}": float(-n % 5) for n in range(12)}
+    assert layers_of(prune(TWELVE, density=0.25, unit="layer", by=scores)) == [1, 6, 11]
+    pair = {"units": list(scores), "values": list(scores.values()), "stderr": [0.1] * 12}
+    assert layers_of(prune(TWELVE, density=0.25, unit="layer", by=pair)) == [1, 6, 11]
+    one, two, other = (layers_of(prune(TWELVE, density=0.5, unit="layer", by="random", seed=s)) for s in (0, 0, 1))
+    assert one == two != other and len(one) == 6
+    each = prune(TWELVE, density=0.34, unit="module", scope="layer")
+    assert len(each.modules) == 12 and layers_of(each) == list(range(12))
+    saved = load(save(prune(THREE, density=0.5, unit="rank"), tmp_path / "ranks"))
+    assert {n: saved.shape(n).rank for n in saved.modules}
+
+
 # ---- refusals ----
 
 HEADS = random_adapter(1, {"lm_head": (3, 4, 2)})
@@ -268,6 +390,18 @@ REFUSED = [
     (TWELVE, {"density": 0.5, "space": "dleta"}, UnknownName, "space 'dleta' is not known .did you mean 'delta'"),
     (TWELVE, {"density": 0.5, "by": "magnitud"}, UnknownName, "did you mean 'magnitude'"),
     (TWELVE, {"density": 0.5, "rank": 2}, ValueError, "rank .* goes with space='delta'"),
+    (TWELVE, {"density": 0.5, "unit": "head"}, UnknownName, "allowed: entry, rank, layer, module"),
+    (TWELVE, {"density": 0.5, "scope": "tower"}, UnknownName, "allowed: model, layer, module"),
+    (TWELVE, {"density": 0.5, "unit": "layer", "scope": "layer"}, ValueError, "scope 'layer' holds no choice"),
+    (TWELVE, {"density": 0.5, "unit": "layer", "space": "delta"}, ValueError, "go with unit='entry'"),
+    (TWELVE, {"density": 0.5, "by": {"model.layers.0": 1.0}}, ValueError, "scores by name go with"),
+    (TWELVE, {"density": 0.5, "unit": "layer", "by": {"model.layers.0": 1.0}}, ValueError, "layers.1 has no score"),
+    (TWELVE, {"density": 0.5, "unit": "layer", "by": {"layers.77": 1.0}}, UnknownName, "layer 'layers.77'"),
+    (TWELVE, {"density": 0.5, "unit": "layer", "by": {"model.layers.0": float("nan")}}, ValueError, "finite numbers"),
+    (TWELVE, {"pattern": "4:2"}, ValueError, "expected N:M"),
+    (TWELVE, {"pattern": "2-4"}, ValueError, "expected N:M"),
+    (TWELVE, {"pattern": "2:4", "density": 0.5}, ValueError, "either keep and/or modules"),
+    (TWELVE, {"pattern": "2:4", "unit": "layer"}, ValueError, "pattern goes with unit='entry'"),
     (TWELVE, {"density": 0.5, "space": "delta", "rank": 0}, ValueError, "rank must be at least 1"),
     (random_adapter(1, tower("h", [0]), peft_type="HIRA"), {"density": 0.5, "space": "delta"}, UnsupportedKind, "HiRA"),
     (random_adapter(1, tower("h", [0]), use_dora=True), {"density": 0.5, "space": "delta"}, UnsupportedKind, "DoRA"),

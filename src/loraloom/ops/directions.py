@@ -1,0 +1,55 @@
+"""Which singular directions stay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from loraloom.adapter import Adapter, Factors, Modules, truncate
+from loraloom.ops.certificate import note
+from loraloom.ops.choice import groups
+from loraloom.ops.merge import module_generator
+
+
+def pruned_directions(
+    adapter: Adapter, density: float, by: str, scope: str, seed: int, record: dict[str, Any]
+) -> Modules:
+    """The modules with ``round(density * n)`` of the n singular directions of each scope, at least one.
+
+    Raises:
+        ValueError: the adapter has no direction at all (every update is zero).
+    """
+    values = {name: adapter.modules[name].singular_values().tolist() for name in adapter.modules}
+    total = sum(map(len, values.values()))
+    if not total:
+        raise ValueError("every update of the adapter is zero; there are no directions to prune")
+    kept: dict[str, list[int]] = {}
+    for pool in groups(list(adapter.modules), scope):
+        order = []
+        for at, name in enumerate(pool):
+            chance = torch.rand(len(values[name]), generator=module_generator(seed, name)).tolist()
+            score = values[name] if by == "magnitude" else chance
+            order += [(-one, at, index) for index, one in enumerate(score)]
+        for _, at, index in sorted(order)[: max(1, round(density * len(order)))]:
+            kept.setdefault(pool[at], []).append(index)
+    record.update(directions=total, directions_kept=sum(map(len, kept.values())), error={}, norm={})
+
+    def read(name: str) -> Factors:
+        factors, stays = adapter.modules[name], sorted(kept[name])
+        if len(stays) == factors.rank:
+            return factors
+        if by == "magnitude":
+            small, error = truncate(factors, len(stays))
+        else:
+            u, s, vh = factors.svd()
+            root = s[stays].sqrt()
+            b, a = (u[:, stays] * root).to(factors.dtype), (root[:, None] * vh[stays]).to(factors.dtype)
+            small, lost = replace(factors.baked(), B=b, A=a), (s.square().sum() - s[stays].square().sum()).clamp(min=0)
+            error = float((lost / s.square().sum()).sqrt())
+        note(record, name, error, small)
+        return small
+
+    names = [name for name in adapter.modules if name in kept]
+    return Modules(names, read, lambda name: adapter.shape(name)._replace(rank=len(kept[name])))

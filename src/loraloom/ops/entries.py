@@ -1,0 +1,186 @@
+"""Which single entries stay: the largest of a scope, of all modules together or of every few neighbours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.adapter import Adapter, Factors, Shape, UnsupportedKind, truncate
+from loraloom.ops.certificate import note
+from loraloom.ops.checks import check_linear
+from loraloom.ops.choice import groups
+from loraloom.ops.merge import module_generator
+from loraloom.ops.spaces import refactor
+from loraloom.registry import UnknownName
+
+SPACES = ("factors", "balanced", "delta")
+_INFINITE = 0x7F80  # the upper half of the bit pattern of float32's infinity; NaN lies above
+
+
+def _magnitude(values: Tensor, generator: torch.Generator) -> Tensor:
+    return values.abs()
+
+
+def _random(values: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(values.shape, generator=generator).to(values.device)
+
+
+SCORES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"magnitude": _magnitude, "random": _random}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Unstructured pruning of one adapter, as asked for (see :func:`loraloom.ops.prune.prune`)."""
+
+    adapter: Adapter
+    density: float | None
+    pattern: str | None
+    space: str
+    by: str
+    scope: str
+    rank: int | None
+    seed: int
+    record: dict[str, Any]
+    _thresholds: dict[tuple[str, ...], tuple[int, dict[str, int]]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what cannot be done, before anything is read."""
+        if self.space not in SPACES:
+            raise UnknownName("space", self.space, list(SPACES))
+        if self.rank is not None and (self.space != "delta" or self.rank < 1):
+            raise ValueError(f"rank must be at least 1 and goes with space='delta', got {self.rank} in {self.space!r}")
+        if self.pattern is not None:
+            match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+            if match is None or not 1 <= int(match[1]) <= int(match[2]):
+                raise ValueError(f"pattern {self.pattern!r}: expected N:M with 1 <= N <= M, such as 2:4")
+        elif self.density is not None and self.density < 1 and round(self.density * self.total) < 1:
+            raise ValueError(f"density={self.density} keeps none of the {self.total} entries")
+        if self.space == "delta" and self.adapter.kind == "hira":
+            raise UnsupportedKind("entries of a HiRA update depend on the base weights; use space='factors'")
+        if self.adapter.kind != "dora" or self.space == "delta":
+            check_linear(self.adapter, "prune entries of")
+
+    def begin(self) -> None:
+        """Start the record of what is reached."""
+        self.record.update(entries=self.total, kept={})
+        if self.density is not None:
+            self.record["entries_kept"] = sum(round(self.density * self.entries(pool)) for pool in self.pools)
+            self.record["density"] = self.record["entries_kept"] / self.total
+
+    @cached_property
+    def pools(self) -> list[tuple[str, ...]]:
+        """The modules of each scope."""
+        return groups(list(self.adapter.modules), self.scope)
+
+    @cached_property
+    def pool_of(self) -> dict[str, tuple[str, ...]]:
+        """The scope of each module."""
+        return {name: pool for pool in self.pools for name in pool}
+
+    def entries(self, names: tuple[str, ...]) -> int:
+        """Number of entries of some modules."""
+        shapes = [self.adapter.shape(name) for name in names]
+        if self.space == "delta":
+            return sum(shape.out * shape.in_ for shape in shapes)
+        return sum((shape.out + shape.in_) * shape.rank for shape in shapes)
+
+    @property
+    def total(self) -> int:
+        """Number of entries over all modules."""
+        return self.entries(tuple(self.adapter.modules))
+
+    def shape(self, name: str) -> Shape:
+        """Sizes of one pruned module."""
+        shape = self.adapter.shape(name)
+        return shape._replace(rank=self.rank or shape.rank)
+
+    def factors(self, name: str) -> Factors:
+        """One module, balanced if that is the space."""
+        factors = self.adapter.modules[name]
+        return truncate(factors, factors.rank)[0] if self.space == "balanced" else factors
+
+    def matrices(self, factors: Factors) -> list[Tensor]:
+        """The matrices whose entries are in question."""
+        if self.space != "delta":
+            return [factors.B, factors.A]
+        working = torch.promote_types(factors.dtype, torch.float32)
+        return [factors.scale * (factors.B.to(working) @ factors.A.to(working))]
+
+    def scores(self, name: str, matrices: list[Tensor]) -> Tensor:
+        """The score of every entry, flat."""
+        flat = torch.cat([matrix.flatten() for matrix in matrices])
+        return SCORES[self.by](flat, module_generator(self.seed, name)).float().contiguous()
+
+    def stays(self, name: str, matrices: list[Tensor]) -> list[Tensor]:
+        """Which entries of each matrix stay."""
+        scores = self.scores(name, matrices)
+        sizes = [matrix.numel() for matrix in matrices]
+        if self.pattern is not None:
+            most, of = map(int, self.pattern.split(":"))
+            parts = zip(scores.split(sizes), matrices, strict=True)
+            return [_neighbours(part.view_as(matrix), most, of) for part, matrix in parts]
+        pool = self.pool_of[name]
+        if pool not in self._thresholds:
+            self._thresholds[pool] = self.threshold(pool)
+        last, quota = self._thresholds[pool]
+        patterns = scores.view(torch.int32)  # of numbers that are not negative: of the same order
+        mask = patterns > last
+        mask[(patterns == last).nonzero()[: quota[name], 0]] = True
+        return [part.view_as(matrix) for part, matrix in zip(mask.split(sizes), matrices, strict=True)]
+
+    def threshold(self, pool: tuple[str, ...]) -> tuple[int, dict[str, int]]:
+        """The pattern of the last entry that stays, and how many entries equal to it stay in each module."""
+        kept = round((self.density or 0) * self.entries(pool))
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for name in pool:
+            patterns = self.scores(name, self.matrices(self.factors(name))).view(torch.int32)
+            binned = torch.bincount(patterns >> 16, minlength=1 << 16).cpu()
+            if binned[_INFINITE:].any():
+                raise ValueError(f"{name}: NaN or infinite entries have no order to prune by")
+            counts += binned
+        if kept == 0:
+            return torch.iinfo(torch.int32).max, dict.fromkeys(pool, 0)
+        from_top = counts.flip(0).cumsum(0).flip(0)  # entries in this bin and above
+        high = int((from_top >= kept).nonzero().max())
+        need = kept - int(from_top[high] - counts[high])  # of the entries in this bin
+        near: dict[str, Tensor] = {}
+        for name in pool:
+            patterns = self.scores(name, self.matrices(self.factors(name))).view(torch.int32)
+            near[name] = patterns[patterns >> 16 == high].cpu()
+        bin_ = torch.cat(list(near.values()))
+        last = int(bin_.kthvalue(len(bin_) - need + 1).values)
+        equal = need - int((bin_ > last).sum())
+        quota = {}
+        for name, patterns in near.items():
+            quota[name] = min(equal, int((patterns == last).sum()))
+            equal -= quota[name]
+        return last, quota
+
+    def read(self, name: str) -> Factors:
+        """One pruned module."""
+        factors = self.factors(name)
+        matrices = self.matrices(factors)
+        if not all(bool(torch.isfinite(torch.stack(matrix.aminmax())).all()) for matrix in matrices):
+            raise ValueError(f"{name}: NaN or infinite entries have no order to prune by")
+        stays = self.stays(name, matrices)
+        self.record["kept"][name] = sum(int(mask.sum()) for mask in stays)
+        pruned = [matrix.masked_fill(~mask, 0) for matrix, mask in zip(matrices, stays, strict=True)]
+        if self.space != "delta":
+            return replace(factors, B=pruned[0], A=pruned[1])
+        cut, error = refactor(pruned[0], self.shape(name).rank, factors.baked(), name)
+        note(self.record, name, error, cut)
+        return cut
+
+
+def _neighbours(scores: Tensor, most: int, of: int) -> Tensor:
+    """Where the ``most`` largest of every ``of`` neighbours along a row are; of equal ones the first."""
+    rows, length = scores.shape
+    padded = torch.nn.functional.pad(scores, (0, -length % of), value=-1.0).view(rows, -1, of)
+    place = padded.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (place < most).view(rows, -1)[:, :length]
