@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, basis, concat, truncate
+from loraloom.adapter import (
+    Adapter,
+    AdapterMismatch,
+    Factors,
+    Modules,
+    Shape,
+    UnsupportedKind,
+    basis,
+    concat,
+    is_finite,
+    truncate,
+)
 
 LAW = settings(derandomize=True, deadline=None, max_examples=80)
 SCALES = st.sampled_from([0.0, -2.0, 0.3, 1.0, 4.0])
@@ -198,3 +209,16 @@ def test_kind(config: dict, kind: str) -> None:
     assert Adapter(config, {}).kind == kind
     assert Adapter(config, {}).base == "" and Adapter({"base_model_name_or_path": "x"}, {}).base == "x"
     assert repr(Adapter(config, {})) == f"Adapter(kind='{kind}', base='', modules=0, extras=0)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_entry_is_found_and_a_large_sum_is_not_one(dtype, bad) -> None:
+    large = torch.full((5, 3), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(large) and is_finite(-large) and is_finite(torch.empty(0, 3, dtype=dtype))
+    assert is_finite(torch.tensor([2**60]))
+    for at in range(15):
+        spoilt = torch.zeros(5, 3, dtype=dtype)
+        spoilt.view(-1)[at] = bad
+        assert not is_finite(spoilt)
+    assert not is_finite(torch.tensor([bad, -bad], dtype=dtype))

@@ -25,6 +25,8 @@ LEVELS = {
     "loraloom.adapter": 0,
     "loraloom.registry": 0,
     "loraloom.packages": 0,
+    "loraloom.safefile": 0,
+    "loraloom.stream": 0,
     "loraloom.layout": 1,
     "loraloom.store": 1,
     "loraloom.ops": 1,

@@ -366,11 +366,14 @@ def plain_adapter(layers: int = 2, scale: float = 2.0, dtype: torch.dtype = torc
     return replace(adapter, extras={"norm.weight": numbers(7), "steps": torch.tensor(3), "mask": torch.tensor([True])})
 
 
-def test_the_file_is_what_safetensors_writes(tmp_path: Path) -> None:
+def test_the_file_holds_what_safetensors_would_write_and_is_the_same_each_time(tmp_path: Path) -> None:
     adapter = replace(plain_adapter(), extras={})
-    save(adapter, tmp_path / "a")
+    for name in ("a", "b"):
+        save(adapter, tmp_path / name)
     save_file(dict(to_state_dict(adapter, bake=False)), tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()
+    ours, theirs = load_file(tmp_path / "a" / WEIGHTS), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -487,7 +490,7 @@ def test_save_holds_one_module_at_a_time(tmp_path: Path) -> None:
     names = [f"layers.{i}.q_proj" for i in range(50)]
     save(Adapter(CONFIG, Modules(names, read)), tmp_path / "a")
     assert len(alive) == 100  # every module was made once
-    assert most <= 2  # the pair before, at most
+    assert most <= 6  # the module that is written and the two that are made meanwhile
     assert len(load(tmp_path / "a").modules) == 50
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
 
 PREFIX = "base_model.model."
 
@@ -197,7 +197,7 @@ class _Extras(Mapping[str, Tensor]):
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise ValueError(f"{what} has NaN or infinite entries")
     return tensor
 

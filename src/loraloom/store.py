@@ -19,21 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from loraloom.adapter import Adapter, UnsupportedKind
+from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.layout import (
     Source,
     as_configured,
@@ -44,13 +39,11 @@ from loraloom.layout import (
     module_tensors,
     settled,
 )
+from loraloom.safefile import SafeFile, Writer, sha256
+from loraloom.stream import ahead
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "loraloom.json", "README.md"
 UNFINISHED, REPLACED = ".loraloom-tmp", ".loraloom-old"
-_DTYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
-}
 _LOADERS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -89,19 +82,14 @@ def load(path: str | Path) -> Adapter:
         if pickles:
             raise UnsupportedKind(f"{folder / pickles[0]} is a pickle, which can run code; allowed: {WEIGHTS}")
         raise FileNotFoundError(f"{where} is not there")
-    try:
-        opened = safe_open(where, framework="pt")
-        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{where} is not a whole safetensors file: {str(error).splitlines()[0]}") from error
+    opened = SafeFile(where)
     check_config(config, str(folder / CONFIG))
     past = _json(folder / RECORD) if (folder / RECORD).exists() else {}
     if not isinstance(past, dict):
         raise ValueError(f"{folder / RECORD}: expected a JSON object, got {type(past).__name__}")
     name = folder.absolute().name if folder.is_absolute() else folder.as_posix()
     provenance = {**past, "path": str(folder.resolve()), "name": name, "stamp": _stamp(where)}
-    # Cloned: the tensors of one open file share their memory, and a caller may write to what it was given.
-    return assembled(config, Source(str(where), shapes, lambda key: opened.get_tensor(key).clone()), provenance)
+    return assembled(config, Source(str(where), opened.shapes, opened.read), provenance)
 
 
 def _json(path: Path) -> Any:
@@ -125,8 +113,7 @@ def fingerprint(source: Adapter | str | Path) -> str:
         FileNotFoundError: the weight file is not there.
     """
     if not isinstance(source, Adapter):
-        with (Path(source) / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(Path(source) / WEIGHTS)
     path, stamp = source.provenance.get("path"), source.provenance.get("stamp")
     if path is None:
         raise ValueError(f"{source!r} was not loaded from a folder; only a weight file has a fingerprint")
@@ -135,26 +122,44 @@ def fingerprint(source: Adapter | str | Path) -> str:
     return fingerprint(path)
 
 
-def _recorded(node: Any, *, hashed: bool) -> Any:
+Hashes = Mapping[str, "Future[str | None]"]
+
+
+def _sources(node: Any) -> dict[str, list[int]]:
+    """Path and stamp of every folder that a provenance was read from."""
+    if isinstance(node, Mapping):
+        found = {str(node["path"]): list(node["stamp"])} if "stamp" in node else {}
+        node = list(node.values())
+    else:
+        found = {}
+    for value in node if isinstance(node, list | tuple) else ():
+        found |= _sources(value)
+    return found
+
+
+def _hash(path: str, stamp: list[int]) -> str | None:
+    """sha256 of an input; None where it was replaced or removed since it was loaded: its name remains."""
+    file = Path(path) / WEIGHTS
+    return fingerprint(path) if file.is_file() and _stamp(file) == stamp else None
+
+
+def _recorded(node: Any, hashes: Hashes) -> Any:
     """Provenance as it is written: folders get their hash, what only this run can use is left out."""
     if isinstance(node, Mapping):
         local = ("path", "stamp", "targets")
-        kept = {str(key): _recorded(value, hashed=hashed) for key, value in node.items() if key not in local}
-        if "stamp" in node and hashed:
-            file = Path(node["path"]) / WEIGHTS
-            same = file.is_file() and _stamp(file) == list(node["stamp"])
-            # An input that was replaced or removed since it was loaded can no longer be hashed; its name remains.
-            kept["sha256"] = fingerprint(node["path"]) if same else None
+        kept = {str(key): _recorded(value, hashes) for key, value in node.items() if key not in local}
+        if "stamp" in node and str(node["path"]) in hashes:
+            kept["sha256"] = hashes[str(node["path"])].result()
         return kept
-    return [_recorded(value, hashed=hashed) for value in node] if isinstance(node, list | tuple) else node
+    return [_recorded(value, hashes) for value in node] if isinstance(node, list | tuple) else node
 
 
-def _record(adapter: Adapter, command: str, *, hashed: bool = True) -> dict[str, Any]:
+def _record(adapter: Adapter, command: str, hashes: Hashes) -> dict[str, Any]:
     from loraloom import __version__
 
     past = adapter.provenance
     made = {"operation": "copy", "inputs": [past]} if "stamp" in past else past
-    record = {**_recorded(made, hashed=hashed), "loraloom": __version__, "command": command}
+    record = {**_recorded(made, hashes), "loraloom": __version__, "command": command}
     try:
         json.dumps(record)
     except TypeError as error:
@@ -163,76 +168,41 @@ def _record(adapter: Adapter, command: str, *, hashed: bool = True) -> dict[str,
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Piece:
-    """Where one tensor lies in the spool, and what to multiply it with if scales are baked after all."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    scale: float = 1.0
-
-
-def _put(spool: BinaryIO, tensor: Tensor, what: str, scale: float = 1.0) -> _Piece:
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"{what} has type {tensor.dtype}; allowed: {', '.join(map(str, _DTYPES))}")
-    start = spool.tell()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        spool.write(flat.view(torch.uint8).numpy().data)
-    return _Piece(tensor.dtype, tuple(tensor.shape), start, spool.tell() - start, scale)
-
-
-def _fill(adapter: Adapter, spool: BinaryIO) -> tuple[dict[str, _Piece], dict[str, int], bool]:
-    """Write every tensor to the spool, module by module; what was written, the ranks, and whether scales are baked.
+def _fill(adapter: Adapter, writer: Writer) -> tuple[dict[str, int], bool]:
+    """Write every tensor, module by module, the next made meanwhile; the ranks, and whether scales are baked.
 
     Whether the configuration says every scale is known only after the last module. Until then a module that it does
-    describe keeps its scale, and remembers it.
+    describe keeps its scale, and is multiplied in place if it turns out that scales are baked after all.
     """
-    pieces: dict[str, _Piece] = {}
     ranks: dict[str, int] = {}
+    later: dict[str, float] = {}
     bake = False
-    for name in adapter.modules:
+
+    def made(name: str) -> tuple[Factors, bool, dict[str, Any]]:
         factors = adapter.modules[name]
-        ranks[name] = factors.rank
         kept = as_configured(adapter.config, name, factors)
+        return factors, kept, module_tensors(adapter.config, name, factors if kept else factors.baked())
+
+    for name, (factors, kept, tensors) in ahead(made, adapter.modules):
+        ranks[name] = factors.rank
         bake = bake or not kept
-        for part, (key, tensor) in module_tensors(adapter.config, name, factors if kept else factors.baked()).items():
-            later = factors.scale if kept and part in ("B", "bias") else 1.0
-            pieces[key] = _put(spool, tensor, f"module {name}", later)
+        for part, (key, tensor) in tensors.items():
+            writer.add(key, tensor)
+            if kept and part in ("B", "bias") and factors.scale != 1.0:
+                later[key] = factors.scale
     for path in adapter.extras:
-        pieces[extra_key(adapter, path)] = _put(spool, adapter.extras[path], path)
-    return pieces, ranks, bake
+        writer.add(extra_key(adapter, path), adapter.extras[path])
+    if bake:
+        for key, scale in later.items():
+            writer.rescale(key, scale)
+    return ranks, bake
 
 
-def _write_safetensors(pieces: Mapping[str, _Piece], spool: BinaryIO, path: Path, bake: bool) -> str:
-    """Make the safetensors file of the spool, tensor by tensor; its sha256. Wide types first: so all are aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    order = sorted(pieces, key=lambda key: (-pieces[key].dtype.itemsize, key))
-    end = 0
-    for key in order:
-        piece = pieces[key]
-        span = [end, end := end + piece.size]
-        header[key] = {"dtype": _DTYPES[piece.dtype], "shape": list(piece.shape), "data_offsets": span}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    total = hashlib.sha256()
-    with path.open("wb") as out:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            total.update(chunk)
-            out.write(chunk)
-        for key in order:
-            piece = pieces[key]
-            spool.seek(piece.start)
-            data: Any = bytearray(piece.size)
-            spool.readinto(data)  # type: ignore[attr-defined]
-            if bake and piece.scale != 1.0:
-                data = (torch.frombuffer(data, dtype=piece.dtype) * piece.scale).view(torch.uint8).numpy().data
-            total.update(data)
-            out.write(data)
-        _sync(out)
-    return total.hexdigest()
+def _room(adapter: Adapter) -> int:
+    """Bytes that the header of the weight file takes, at most, if names are what they usually are."""
+    return (
+        1024 + sum(4 * (len(name) + 150) for name in adapter.modules) + sum(len(name) + 150 for name in adapter.extras)
+    )
 
 
 def _sync(file: Any) -> None:
@@ -331,8 +301,8 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
         AdapterMismatch, ValueError: the adapter is not whole (no modules, NaN, a magnitude without DoRA).
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
-        >>> from loraloom.adapter import Factors
         >>> a = Adapter({"peft_type": "LORA"}, {"layers.0.q": Factors(torch.ones(3, 1), torch.ones(1, 2), scale=0.5)})
         >>> with TemporaryDirectory() as folder:
         ...     again = load(save(a, f"{folder}/a"))
@@ -344,16 +314,18 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
     check_config(adapter.config, "configuration")
     if not adapter.modules:
         raise ValueError(f"{adapter!r} has no modules; PEFT cannot load such an adapter")
-    _record(adapter, command, hashed=False)  # a record that cannot be written is refused before the work, not after
+    _record(adapter, command, {})  # a record that cannot be written is refused before the work, not after
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
     work.mkdir()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="loraloom-hash")
     try:
-        with (work / "spool").open("w+b") as spool:
-            pieces, ranks, bake = _fill(adapter, spool)
-            record = _record(adapter, command)  # now: operators may note what they saw while modules were read
-            record["sha256"] = _write_safetensors(pieces, spool, work / WEIGHTS, bake)
-        (work / "spool").unlink()
+        hashes = {path: pool.submit(_hash, path, stamp) for path, stamp in _sources(adapter.provenance).items()}
+        with contextlib.closing(Writer(work / WEIGHTS, _room(adapter))) as writer:
+            ranks, bake = _fill(adapter, writer)
+            written = writer.finish({"format": "pt"})
+        record = _record(adapter, command, hashes)  # now: operators may note what they saw while modules were read
+        record["sha256"] = written
         config = settled(adapter.config, ranks, bake=bake, retarget=not knows_targets(adapter))
         _write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
         _write_text(work / CARD, _card(config, record, target.name, len(ranks)))
@@ -362,4 +334,6 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return target

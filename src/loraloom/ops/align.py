@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, is_finite
 from loraloom.registry import UnknownName
 
 GAUGES = ("orthogonal", "invertible")
@@ -130,7 +130,7 @@ class _Gauge:
 
 
 def _sound(p: Tensor) -> bool:
-    if not bool(torch.isfinite(p).all()):
+    if not is_finite(p):
         return False
     values = torch.linalg.svdvals(p)
     return float(values[-1]) * _WORST > float(values[0])

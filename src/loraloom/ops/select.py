@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from loraloom.adapter import is_finite
+
 _SAMPLE = 1 << 16
 _CHUNK = 1 << 22
 
@@ -30,7 +32,7 @@ def threshold(values: Tensor, count: int) -> Tensor:
     flat = values.detach().flatten()
     if not 1 <= count <= flat.numel():
         raise ValueError(f"count must be from 1 to {flat.numel()}, got {count}")
-    if not bool(torch.isfinite(torch.stack(flat.aminmax())).all()):
+    if not is_finite(flat):
         raise ValueError("NaN or infinite entries have no order to select by")
     low, high = _bracket(flat, count)
     above, inside = 0, []

@@ -1,0 +1,56 @@
+"""Reading ahead: order, bounds, errors, threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from loraloom.stream import ahead
+
+
+def test_results_come_in_order_and_few_wait():
+    made, most = 0, 0
+
+    def make(n):
+        nonlocal made
+        time.sleep(0.002 * (5 - n % 5))
+        made += 1
+        return -n
+
+    for used, (item, result) in enumerate(ahead(make, range(30), workers=2, depth=3), start=1):
+        assert (item, result) == (used - 1, -(used - 1))
+        most = max(most, made - used)
+    assert used == 30 and most <= 3
+
+
+def test_an_error_comes_where_its_item_would_and_ends_it():
+    begun = []
+
+    def make(n):
+        begun.append(n)
+        if n == 3:
+            raise KeyError("three")
+        return n
+
+    seen = []
+    with pytest.raises(KeyError, match="three"):
+        for item, _ in ahead(make, range(100)):
+            seen.append(item)
+    assert seen == [0, 1, 2] and max(begun) < 8
+
+
+def test_no_thread_is_left_and_the_callers_threads_stay():
+    before, threads = torch.get_num_threads(), set(threading.enumerate())
+    inside = [count for _, count in ahead(lambda n: torch.get_num_threads(), range(4))]
+    stopped = ahead(lambda n: n, range(100))
+    next(stopped)
+    stopped.close()
+    assert inside == [1] * 4 and torch.get_num_threads() == before
+    assert set(threading.enumerate()) == threads
+
+
+def test_nothing_to_make():
+    assert list(ahead(lambda n: n, [])) == []
