@@ -2,9 +2,7 @@
 
 ``load`` reads the configuration and the header of the weight file; factors are read, checked and cloned when asked for,
 through a mapping that stays on the file that was opened, even if the folder is replaced later. ``save`` streams module
-by module into a temporary sibling folder and renames it, so a folder appears whole or not at all. A killed ``save``
-leaves ``.NAME.XXXX.loraloom-tmp`` behind (``load`` refuses it; remove it), and, killed in the instant between the two
-renames of an overwrite, the old adapter as ``.NAME.XXXX.loraloom-old``.
+by module into a folder that appears whole or not at all (``folders.py``).
 
 Provenance. A loaded adapter's ``provenance`` is what its ``loraloom.json`` says, plus where it was read from (``path``,
 ``name``, ``stamp``, ``targets``). Operators read no files; they nest what they were given::
@@ -18,17 +16,14 @@ folder gets the sha256 of its weight file, and its local path is left out.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
+from loraloom.folders import UNFINISHED, refuse_taken, whole_folder, write_text
 from loraloom.layout import (
     Source,
     as_configured,
@@ -43,7 +38,6 @@ from loraloom.safefile import SafeFile, Writer, sha256
 from loraloom.stream import ahead
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "loraloom.json", "README.md"
-UNFINISHED, REPLACED = ".loraloom-tmp", ".loraloom-old"
 _LOADERS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -154,7 +148,23 @@ def _recorded(node: Any, hashes: Hashes) -> Any:
     return [_recorded(value, hashes) for value in node] if isinstance(node, list | tuple) else node
 
 
-def _record(adapter: Adapter, command: str, hashes: Hashes) -> dict[str, Any]:
+@contextlib.contextmanager
+def hashing(*adapters: Adapter) -> Iterator[Hashes]:
+    """Hashes of all folders that the adapters came from, made in another thread meanwhile."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="loraloom-hash")
+    try:
+        sources = {path: stamp for adapter in adapters for path, stamp in _sources(adapter.provenance).items()}
+        yield {path: pool.submit(_hash, path, stamp) for path, stamp in sources.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def written_as(adapter: Adapter, command: str, hashes: Hashes) -> dict[str, Any]:
+    """The provenance of an adapter as it is written.
+
+    Raises:
+        ValueError: it holds values that are not plain JSON.
+    """
     from loraloom import __version__
 
     past = adapter.provenance
@@ -205,25 +215,6 @@ def _room(adapter: Adapter) -> int:
     )
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        out.write(text)
-        _sync(out)
-
-
 def _card(config: Mapping[str, Any], record: Mapping[str, Any], name: str, modules: int) -> str:
     """README.md: front matter that the Hub and PEFT users expect, what it is, how it was made, how to load it."""
     base = str(config.get("base_model_name_or_path") or "")
@@ -249,39 +240,6 @@ def _card(config: Mapping[str, Any], record: Mapping[str, Any], name: str, modul
     lines += ["## How it was made", "", f"Written by loraloom {record['loraloom']}; `{RECORD}` has every detail.", ""]
     lines += [*made, *(["Inputs:", "", *inputs, ""] if inputs else []), "## How to load it", "", *load_it]
     return "\n".join(lines) + "\n"
-
-
-def _refuse(target: Path, overwrite: bool) -> None:
-    """Refuse a path that is taken, or that --overwrite must not remove: only an adapter folder may be replaced."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
-    held = [] if not target.is_dir() else list(target.iterdir())
-    plain = target.is_dir() and not any(item.is_dir() and not item.is_symlink() for item in held)
-    if not plain or (held and not (target / CONFIG).is_file()):
-        raise FileExistsError(f"{target} is not just an adapter folder, so it is not overwritten; remove it yourself")
-
-
-def _publish(work: Path, target: Path, overwrite: bool) -> None:
-    """Give the finished folder its name; an old one is put aside first and comes back if that fails."""
-    _sync_folder(work)
-    aside = work.with_name(work.name.removesuffix(UNFINISHED) + REPLACED)
-    if overwrite:
-        with contextlib.suppress(FileNotFoundError):
-            target.rename(aside)
-    try:
-        work.rename(target)
-    except OSError as error:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise FileExistsError(f"{target} was written by another process meanwhile; use --overwrite") from None
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(target.parent)
 
 
 def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command: str = "") -> Path:
@@ -310,30 +268,20 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
         tensor(3.)
     """
     target = Path(path).resolve()
-    _refuse(target, overwrite)
+    kind: Any = {"overwrite": overwrite, "mark": CONFIG, "what": "an adapter folder"}
+    refuse_taken(target, **kind)
     check_config(adapter.config, "configuration")
     if not adapter.modules:
         raise ValueError(f"{adapter!r} has no modules; PEFT cannot load such an adapter")
-    _record(adapter, command, {})  # a record that cannot be written is refused before the work, not after
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
-    work.mkdir()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="loraloom-hash")
-    try:
-        hashes = {path: pool.submit(_hash, path, stamp) for path, stamp in _sources(adapter.provenance).items()}
+    written_as(adapter, command, {})  # a record that cannot be written is refused before the work, not after
+    with whole_folder(target, **kind) as work, hashing(adapter) as hashes:
         with contextlib.closing(Writer(work / WEIGHTS, _room(adapter))) as writer:
             ranks, bake = _fill(adapter, writer)
             written = writer.finish({"format": "pt"})
-        record = _record(adapter, command, hashes)  # now: operators may note what they saw while modules were read
+        record = written_as(adapter, command, hashes)  # now: operators note what they saw while modules were read
         record["sha256"] = written
         config = settled(adapter.config, ranks, bake=bake, retarget=not knows_targets(adapter))
-        _write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
-        _write_text(work / CARD, _card(config, record, target.name, len(ranks)))
-        _write_text(work / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        _publish(work, target, overwrite)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+        write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
+        write_text(work / CARD, _card(config, record, target.name, len(ranks)))
+        write_text(work / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return target

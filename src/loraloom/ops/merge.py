@@ -241,7 +241,7 @@ def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
         keep_scale=one_scale(job.adapters),
         bias=any(adapter.config.get("lora_bias") for adapter in job.adapters),
         statistics=_statistics(job, name),
-        dense=None if job.base is None else partial(_effective, _weight(job, name), job.adapters[0].kind),
+        dense=None if job.base is None else partial(effective, _weight(job, name), job.adapters[0].kind),
     )
     merged, error = SPACES[job.space].carry(parts, request)
     if error is not None:
@@ -265,10 +265,18 @@ def _weight(job: _Job, name: str) -> Tensor:
     return base[name] if job.device is None else base[name].to(job.device)
 
 
-def _effective(weight: Tensor, kind: str, part: Factors) -> Tensor:
+def effective(weight: Tensor, kind: str, part: Factors) -> Tensor:
     """What a DoRA or HiRA module adds to its base weight, out x in: ``m (W + D) / |W + D| - W`` or ``W * D``.
 
     The norm is that of a row (PEFT; the columns of Liu et al. 2024, equation 5, for the weight transposed).
+
+    Raises:
+        AdapterMismatch: weight, update and magnitude differ in size.
+
+    Example:
+        >>> part = Factors(B=torch.tensor([[1.0]]), A=torch.tensor([[1.0, 2.0]]))
+        >>> effective(torch.tensor([[3.0, 2.0]]), "hira", part)
+        tensor([[3., 4.]])
     """
     if weight.shape != part.shape[:2]:
         raise AdapterMismatch(f"the base weight is {tuple(weight.shape)}, the update {part.shape[:2]}")
@@ -276,8 +284,8 @@ def _effective(weight: Tensor, kind: str, part: Factors) -> Tensor:
     weight, delta = weight.to(working), part.scale * (part.B.to(working) @ part.A.to(working))
     if kind == "hira":
         return weight * delta
-    if part.magnitude is None:
-        raise AdapterMismatch("a DoRA module without its magnitude")
+    if part.magnitude is None or part.magnitude.numel() != len(weight):
+        raise AdapterMismatch(f"a DoRA module needs a magnitude for each of its {len(weight)} rows")
     moved = weight + delta
     return part.magnitude.to(working)[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
 

@@ -25,14 +25,14 @@ def fisher(
 ) -> Float[Tensor, " *shape"]:
     """Mean of every entry, weighted by how much each task's likelihood depends on it (Matena and Raffel 2022).
 
-    ``sum_t w_t F_t * D_t / sum_t |w_t| F_t`` with the diagonal Fisher information F_t (section 3, equation 2), times
-    the sum of the absolute weights. Where no task depends on an entry this is 0 / 0; there the weighted mean M is
+    ``sum_t w_t F_t * D_t / sum_t |w_t| F_t`` with the diagonal Fisher information F_t, times the sum of the absolute
+    weights; the base weights cancel out. Where no task depends on an entry this is 0 / 0; there the weighted mean M is
     taken: what is computed is ``M + sum_t |w_t| F_t (D_t - M) / (sum_t |w_t| F_t + floor)`` with a floor relative to
     the mean of the denominator over the tensor. In ``factors`` F is that of B and A, the parameters that were trained;
     the result depends on the gauge. In ``delta`` it is that of the weight matrix, out x in.
 
-    Fishers of different tasks differ in size by orders of magnitude: a task that its adapter is sure of counts less.
-    ``measure`` gives them at one size (``normalise``), as the authors' code does.
+    Fishers of different tasks can differ in size by orders of magnitude, as the surer an adapter is, the smaller they
+    are. ``loraloom measure`` brings all to one size, as the authors' code does.
 
     Args:
         deltas: the k tensors, stacked.

@@ -27,11 +27,12 @@ def regmean(
 ) -> Float[Tensor, " m n"]:
     """The update whose outputs are nearest those of all, each on its own task's inputs (RegMean: Jin et al. 2023).
 
-    With the Gram matrix ``G_t = X_t^T X_t / rows`` of a module's inputs it minimises ``sum_t |w_t| |X_t (D - D_t)^T|^2 /
-    rows``: ``D = (sum_t w_t D_t G_t)(sum_t |w_t| G_t)^-1`` (section 3.1, equation 2; the base weights cancel out). As in
-    section 3.3 the entries off the diagonal of G are first multiplied by ``alpha``. The regression tells nothing of
-    inputs that were never seen; there, and nowhere else, the weighted mean M of the updates is taken: what is solved is
-    ``D = M + (sum_t |w_t| (D_t - M) G_t)(sum_t |w_t| G_t + ridge I)^-1`` with a ridge of 1e-6 of the mean diagonal.
+    With the Gram matrix ``G_t = X_t^T X_t / rows`` of the module's inputs in task t it minimises
+    ``sum_t |w_t| |X_t (D - D_t)^T|^2 / rows``, so that ``D = (sum_t w_t D_t G_t)(sum_t |w_t| G_t)^-1``; the base
+    weights cancel out. The entries off the diagonal of G are first multiplied by ``alpha``, as in the paper's
+    algorithm. Inputs that were never seen say nothing; there, and nowhere else, the weighted mean M of the updates is
+    taken: what is solved is ``D = M + (sum_t |w_t| (D_t - M) G_t)(sum_t |w_t| G_t + ridge I)^-1``, with a ridge of 1e-6
+    of the mean diagonal.
 
     It acts on the side of the inputs alone, so that in the space ``knots`` it is the same as in ``delta``, at the cost
     of its solve: n^3 / 3 multiplications in float64. Grams measured with a merged adapter on the model
@@ -42,7 +43,7 @@ def regmean(
         deltas: the k updates, or their right parts, stacked.
         weights: one weight per update: so much its task counts. The sign of a negative one turns its update round. The
             result is times the sum of the absolute weights; 1/k each is the paper's.
-        alpha: what remains of the Grams off their diagonals, in [0, 1]; 0.9 as in the paper.
+        alpha: what remains of the Grams off their diagonals, in [0, 1]; the paper mostly has 0.9.
         statistics: the Gram matrix of each update's inputs, or its diagonal alone.
 
     Raises:
@@ -62,26 +63,28 @@ def regmean(
     if statistics is None or statistics.shape[1:] not in ((columns, columns), (columns,)):
         got = "none" if statistics is None else " x ".join(map(str, statistics.shape[1:]))
         raise ValueError(f"regmean needs statistics: a Gram matrix of {columns} x {columns} per update, got {got}")
-    shares = weights.abs().double()
-    total = shares.sum()
+    weights = weights.double()
+    total = weights.abs().sum()
     if total == 0:
         return torch.zeros_like(deltas[0])
-    turned = [delta.double() * weight.sign() for delta, weight in zip(deltas, weights, strict=True)]
-    mean = torch.stack([share * delta for share, delta in zip(shares / total, turned, strict=True)]).sum(dim=0)
+    mean = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for delta, weight in zip(deltas, weights, strict=True):
+        mean += (weight / total) * delta
     seen = torch.zeros(statistics.shape[1:], dtype=torch.float64, device=deltas.device)
     pull = torch.zeros_like(mean)
-    for share, delta, gram in zip(shares, turned, statistics, strict=True):
-        shrunk = _shrunk(gram.double(), alpha)
-        seen += share * shrunk
-        pull += share * ((delta - mean) * shrunk if shrunk.ndim == 1 else (delta - mean) @ shrunk)
+    for delta, weight, gram in zip(deltas, weights, statistics, strict=True):
+        shrunk = _shrunk(gram, alpha) * weight.abs()
+        seen += shrunk
+        away = delta.double() * weight.sign() - mean
+        pull += away * shrunk if shrunk.ndim == 1 else away @ shrunk
     return (total * (mean + _solved(seen, pull))).to(deltas.dtype)
 
 
 def _shrunk(gram: Tensor, alpha: float) -> Tensor:
-    """The Gram matrix with its entries off the diagonal times ``alpha``; a diagonal alone stays as it is."""
+    """The Gram matrix in float64 with its entries off the diagonal times ``alpha``; a diagonal alone stays as it is."""
     if gram.ndim == 1:
-        return gram
-    shrunk = alpha * gram
+        return gram.double()
+    shrunk = gram.double() * alpha
     shrunk.diagonal().copy_(gram.diagonal())
     return shrunk
 
@@ -98,6 +101,9 @@ def _solved(seen: Tensor, pull: Tensor) -> Tensor:
     if seen.ndim == 1:
         return pull / seen
     factor, fault = torch.linalg.cholesky_ex(seen)
-    if fault:
+    if not fault:
+        return torch.cholesky_solve(pull.T, factor).T
+    values, vectors = torch.linalg.eigh(seen)  # a singular Gram matrix, stored in 32 bits: rounding made it indefinite
+    if values[0] < -1e-4 * values[-1]:
         raise ValueError("regmean: a Gram matrix is not positive semi-definite")
-    return torch.cholesky_solve(pull.T, factor).T
+    return (pull @ vectors) / values.clamp(min=float(_RIDGE * level)) @ vectors.T
