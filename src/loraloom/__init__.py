@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, concat, truncate
+    from loraloom.checkpoint import base_weights
+    from loraloom.extraction import extract
+    from loraloom.folding import fold
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
     from loraloom.integrations.trainer import CoToCallback
     from loraloom.listing import catalogue
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from loraloom.recipe import Recipe
     from loraloom.recipe import read as read_recipe
     from loraloom.run import train
+    from loraloom.serving import export
     from loraloom.store import load, save
     from loraloom.strategies.dropout import ProgressiveDropout
     from loraloom.strategies.progressive import CoTo
@@ -37,6 +41,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     **dict.fromkeys(["Adapter", "AdapterMismatch", "Factors", "UnsupportedKind", "concat", "truncate"], "adapter"),
+    "base_weights": "checkpoint",
+    "extract": "extraction",
+    "fold": "folding",
+    "export": "serving",
     "catalogue": "listing",
     **dict.fromkeys(["Evaluation", "bench", "evaluate", "score"], "integrations.scoring"),
     "CoToCallback": "integrations.trainer",
@@ -73,6 +81,10 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "align",
     "scale",
     "subtract",
+    "fold",
+    "base_weights",
+    "extract",
+    "export",
     "CoTo",
     "ProgressiveDropout",
     "CoToCallback",

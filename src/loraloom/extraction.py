@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, is_finite, truncate
 from loraloom.checkpoint import Checkpoint
-from loraloom.layout import rank_of
 from loraloom.ops.certificate import note
 from loraloom.ops.checks import check_size
 from loraloom.ops.dense import low_rank
@@ -187,7 +186,6 @@ def _config(
         "fan_in_fan_out": turned,
         "inference_mode": True,
     }
-    assert rank_of(config, names[0]) == config["r"]
     biases = [path for path in extras if path.endswith(".bias") and path.removesuffix(".bias") in names]
     whole = list(dict.fromkeys(path.rpartition(".")[0] for path in extras if path not in biases))
     return config | ({"bias": "lora_only"} if biases else {}) | ({"modules_to_save": whole} if whole else {})
