@@ -31,6 +31,7 @@ LEVELS = {
     "loraloom.layout": 1,
     "loraloom.store": 1,
     "loraloom.checkpoint": 1,
+    "loraloom.measured": 1,
     "loraloom.ops": 1,
     "loraloom.strategies": 1,
     "loraloom.tasks": 1,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
+from loraloom.registry import edge
 from loraloom.safefile import SafeFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -110,19 +112,35 @@ class Checkpoint(Mapping[str, Tensor]):
         """The name under which the file holds a parameter of the model.
 
         Files of a model without its head lack the first part of the path, and the other way round, so the one name
-        that ends like the path, or that the path ends with, is it too.
+        that ends like the path, or that the path ends with, is it too; so is one that Transformers renames.
 
         Raises:
             AdapterMismatch: there is none, or more than one.
         """
         if path in self:
             return path
-        near = [key for key in self if key.endswith("." + path) or path.endswith("." + key)]
+        near = [key for key in self if _ends(key, path)] or [k for name, k in self._live.items() if _ends(name, path)]
         if len(near) == 1:
             return near[0]
         what = f"several fit: {', '.join(near[:3])}" if near else "no parameter of that name"
         tied = " (a tied weight is stored once, under another name)" if not near and "head" in path else ""
         raise AdapterMismatch(f"{self.folder}: {path} is not in the checkpoint; {what}{tied}")
+
+    def live_name(self, key: str) -> str | None:
+        """The name in the model of a key of the files; None where the model makes one parameter of several keys."""
+        if not self._live:
+            return key
+        return next((name for name, held in self._live.items() if held == key), None)
+
+    @cached_property
+    def _live(self) -> dict[str, str]:
+        """Keys by the names that parameters have in the model, where Transformers renames them on loading."""
+        kinds = self.config.get("architectures") or [""]
+        return edge("renames").live_names(self.folder, str(kinds[0]), self)
+
+
+def _ends(key: str, path: str) -> bool:
+    return key == path or key.endswith("." + path) or path.endswith("." + key)
 
 
 def as_matrix(weight: Tensor, factors: Factors, fan_in_fan_out: bool, name: str) -> Tensor:

@@ -80,7 +80,8 @@ def extract(
     new, old = Checkpoint(tuned), Checkpoint(base)
     _check_pair(new, old)
     turned = any(str(name).startswith(_TURNED) for name in old.config.get("architectures") or ())
-    names, others = _changed(new, old, modules)
+    keys, others = _changed(new, old, modules)
+    names = list(keys)
     if others and rest == "refuse":
         raise AdapterMismatch(
             f"{len(others)} parameters differ that no module holds ({', '.join(others[:3])}"
@@ -90,12 +91,12 @@ def extract(
     wanted = None if energy is not None else rank or 16
 
     def read(name: str) -> Factors:
-        factors, error = _factors(_difference(new, old, f"{name}.weight"), turned, wanted, energy)
+        factors, error = _factors(_difference(new, old, keys[name]), turned, wanted, energy)
         note(record, name, error, factors)
         return factors
 
     def shape(name: str) -> Shape:
-        out, in_ = _matrix_size(old.shape(f"{name}.weight"), turned)
+        out, in_ = _matrix_size(old.shape(keys[name]), turned)
         return Shape(out, in_, wanted) if wanted is not None else cached(name)
 
     cached = cache(lambda name: read(name).shape)
@@ -125,8 +126,8 @@ def _check_pair(new: Checkpoint, old: Checkpoint) -> None:
             raise AdapterMismatch(f"{key} is {new.shape(key)} in {new.folder}, {old.shape(key)} in {old.folder}")
 
 
-def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Modules to extract, and parameters that differ beside them."""
+def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | None) -> tuple[dict[str, str], list[str]]:
+    """Modules to extract with the keys of their weights, and parameters that differ beside them."""
     ends = [end.strip() for end in modules.split(",")] if isinstance(modules, str) else modules
     layered = [key for key in old if key.endswith(".weight") and len(old.shape(key)) >= 2]
     if ends is None:
@@ -139,10 +140,11 @@ def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | No
                 raise UnknownName("module", end, sorted({key.split(".")[-2] for key in layered if "." in key}))
             chosen |= found
     differs = [key for key in old if not torch.equal(new[key], old[key])]
-    names = [key.removesuffix(".weight") for key in differs if key in chosen]
+    live = {key: old.live_name(key) for key in differs if key in chosen}
+    names = {name.removesuffix(".weight"): key for key, name in live.items() if name is not None}
     if not names:
         raise ValueError(f"{new.folder} does not differ from {old.folder} in any of the {len(chosen)} modules")
-    return names, [key for key in differs if key not in chosen]
+    return names, [key for key in differs if live.get(key) is None]
 
 
 def _difference(new: Checkpoint, old: Checkpoint, key: str) -> Tensor:
