@@ -24,10 +24,37 @@ DELTAS = torch.randn(3, 8, 7, generator=torch.Generator().manual_seed(0), dtype=
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 
 
-def call(technique, deltas=DELTAS, weights=WEIGHTS, seed=0):
-    draws = "generator" in inspect.signature(technique.function).parameters
-    knobs = {"generator": torch.Generator().manual_seed(seed)} if draws else {}
+def statistic(kind: str, shape, seed: int) -> torch.Tensor:
+    """A random valid statistic of one adapter for a module whose updates (or factors, flat) are of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "gram":
+        rows = torch.randn(3 * shape[-1], shape[-1], generator=generator, dtype=torch.float64)
+        return rows.T @ rows / len(rows)
+    assert kind == "fisher", f"a statistic {kind!r} has no sample here"
+    return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+
+
+def call(technique, deltas=DELTAS, weights=WEIGHTS, seed=0, places=None):
+    knobs = {}
+    if "generator" in inspect.signature(technique.function).parameters:
+        knobs["generator"] = torch.Generator().manual_seed(seed)
+    if technique.facts.get("statistics") and deltas.any():
+        held = [statistic(technique.facts["statistics"], deltas.shape[1:], at) for at in places or range(len(deltas))]
+        knobs["statistics"] = torch.stack(held)
     return technique(deltas, weights, **knobs)
+
+
+def statistics_of(technique, adapters, space):
+    """Statistics for merge(), the same for every adapter of a place."""
+    kind = technique.facts.get("statistics")
+    if not kind:
+        return None
+    held = []
+    for at, _ in enumerate(adapters):
+        rank = adapters[0].config["r"]
+        shapes = {n: ((out + in_) * rank,) if space == "factors" else (out, in_) for n, (out, in_) in SIZES.items()}
+        held.append({name: statistic(kind, shape, at) for name, shape in shapes.items()})
+    return held
 
 
 def adapter(seed: int, rank: int, scale: float) -> Adapter:
@@ -74,14 +101,15 @@ def inputs(technique):
     result = call(technique, deltas, weights)
     assert torch.equal(deltas, DELTAS) and torch.equal(weights, WEIGHTS)
     assert result.shape == DELTAS.shape[1:] and result.dtype == DELTAS.dtype
-    checked = Technique(technique.name, jaxtyped(typechecker=beartype)(technique.function))
+    checked = replace(technique, function=jaxtyped(typechecker=beartype)(technique.function))
     assert torch.equal(call(checked), result)
 
 
 def order(technique):
     """Updates and weights in another order give the same."""
     turned = torch.tensor([2, 0, 1])
-    assert torch.allclose(call(technique), call(technique, DELTAS[turned], WEIGHTS[turned]))
+    other = call(technique, DELTAS[turned], WEIGHTS[turned], places=turned.tolist())
+    assert torch.allclose(call(technique), other)
 
 
 def single(technique):
@@ -122,12 +150,13 @@ def whole(technique, method):
     """Whole adapters, in every space: sizes as promised, finite, inputs untouched, the same again in any order."""
     for space in spaces(technique):
         adapters = [adapter(seed, 2, 2.0) for seed in (1, 2)]
-        merged = merge(adapters, method, space=space)
+        known = {"space": space, "statistics": statistics_of(technique, adapters, space)}
+        merged = merge(adapters, method, **known)
         assert list(merged.modules) == list(SIZES)
         for name in reversed(SIZES):
             assert merged.modules[name].shape == merged.shape(name)
             assert torch.isfinite(merged.modules[name].delta()).all()
-        same(deltas_of(merged), deltas_of(merge([adapter(seed, 2, 2.0) for seed in (1, 2)], method, space=space)))
+        same(deltas_of(merged), deltas_of(merge([adapter(seed, 2, 2.0) for seed in (1, 2)], method, **known)))
         same(deltas_of(adapters[0]), deltas_of(adapter(1, 2, 2.0)))
 
 
@@ -144,7 +173,8 @@ def gauge(technique, method):
             p = p + 3 * torch.eye(rank, dtype=torch.float64)
             modules = {n: replace(f, B=f.B @ p.inverse(), A=p @ f.A) for n, f in one.modules.items()}
             turned.append(replace(one, modules=modules))
-        same(deltas_of(merge(adapters, method, space=space)), deltas_of(merge(turned, method, space=space)))
+        known = {"space": space, "statistics": statistics_of(technique, adapters, space)}
+        same(deltas_of(merge(adapters, method, **known)), deltas_of(merge(turned, method, **known)))
 
 
 def absent(technique, method):
@@ -156,7 +186,8 @@ def absent(technique, method):
         lacking = replace(two, modules={n: f for n, f in two.modules.items() if n != "layers.0.q"})
         zeros = replace(two, modules={**two.modules, "layers.0.q": two.modules["layers.0.q"].scaled(0.0)})
         # At full rank, so that what is compared is not where the rank is cut.
-        same(*(deltas_of(merge([one, other], method, space=space, rank=9)) for other in (lacking, zeros)))
+        known = {"space": space, "statistics": statistics_of(technique, [one, two], space), "rank": 9}
+        same(*(deltas_of(merge([one, other], method, **known)) for other in (lacking, zeros)))
 
 
 OF_FUNCTIONS = {law.__name__: law for law in (source, inputs, order, single, scaling, zero, seeded, linear)}

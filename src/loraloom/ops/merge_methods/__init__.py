@@ -12,13 +12,35 @@ A file ``NAME.py`` holds one decorated function ``NAME(deltas, weights, *, knobs
 - ``breaks``: the contract laws that it breaks, of those in tests/contracts/test_merge_methods.py;
 - ``space``: the space it runs in by default (``delta`` where left out);
 - ``spaces``: those it supports (all of ``ops/spaces.py`` where left out);
+- ``rank="largest"``: without a size that is asked for, the result has the largest rank of the inputs;
+- ``statistics``: what the method asks to know of each adapter ("gram", "fisher"); it comes as a keyword argument;
 - ``linear=True``: the result is ``sum_i c_i(weights) * delta_i``. Then no dense update is ever formed.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 
 from torch import Tensor
 
 from loraloom.registry import Registry
 
 merge_methods: Registry[..., Tensor] = Registry("merge method", __name__)
+
+
+def inner_method(name: str) -> Callable[..., Tensor]:
+    """A method that runs inside another one, with its default knobs.
+
+    Raises:
+        ValueError: no such method, or one that draws, needs statistics or runs in a space of its own.
+
+    Example:
+        >>> inner_method("linear").__name__
+        'linear'
+    """
+    technique = merge_methods[name]
+    draws = "generator" in inspect.signature(technique.function).parameters
+    if draws or "statistics" in technique.facts or technique.facts.get("spaces") == ("units",):
+        raise ValueError(f"method {name!r} cannot run inside another: it draws, needs statistics or sees units")
+    return technique.function

@@ -21,7 +21,7 @@ def fisher(
     weights: Float[Tensor, " k"],
     *,
     floor: float = 1e-6,
-    statistics: Float[Tensor, " k *shape"] | None = None,
+    statistics: Float[Tensor, " k *known"] | None = None,
 ) -> Float[Tensor, " *shape"]:
     """Mean of every entry, weighted by how much each task's likelihood depends on it (Matena and Raffel 2022).
 

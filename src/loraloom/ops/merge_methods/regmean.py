@@ -23,7 +23,7 @@ def regmean(
     weights: Float[Tensor, " k"],
     *,
     alpha: float = 0.9,
-    statistics: Float[Tensor, " k n n"] | Float[Tensor, " k n"] | None = None,
+    statistics: Float[Tensor, " k *known"] | None = None,
 ) -> Float[Tensor, " m n"]:
     """The update whose outputs are nearest those of all, each on its own task's inputs (RegMean: Jin et al. 2023).
 
@@ -44,7 +44,7 @@ def regmean(
         weights: one weight per update: so much its task counts. The sign of a negative one turns its update round. The
             result is times the sum of the absolute weights; 1/k each is the paper's.
         alpha: what remains of the Grams off their diagonals, in [0, 1]; the paper mostly has 0.9.
-        statistics: the Gram matrix of each update's inputs, or its diagonal alone.
+        statistics: the Gram matrix of each update's inputs, n x n, or its diagonal alone, n.
 
     Raises:
         ValueError: ``alpha`` is outside [0, 1]; Grams are missing, of another size, or not finite.
@@ -95,7 +95,9 @@ def _solved(seen: Tensor, pull: Tensor) -> Tensor:
     level = diagonal.mean()
     if not torch.isfinite(level):
         raise ValueError("regmean: a Gram matrix has NaN or infinite entries")
-    if level <= 0:
+    if diagonal.min() < 0:
+        raise ValueError("regmean: a Gram matrix is not positive semi-definite")
+    if level == 0:
         return torch.zeros_like(pull)
     diagonal += _RIDGE * level  # in place: into the matrix itself
     if seen.ndim == 1:

@@ -1,0 +1,80 @@
+"""Clusters of rank-one units."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loraloom.ops.merge_methods import merge_methods
+
+
+@merge_methods.register(
+    "lego",
+    paper="https://arxiv.org/abs/2409.16167",
+    space="units",
+    spaces=("units",),
+    rank="largest",
+    breaks=("order", "scaling"),
+)
+def lego(
+    deltas: Float[Tensor, " k r n"], weights: Float[Tensor, " k"], *, clusters: int | None = None
+) -> Float[Tensor, " p n"]:
+    """Rank-one units of all adapters are clustered; centroids are those of the result (LoRA-LEGO: Zhao et al. 2025).
+
+    A unit is a row ``[b_i, a_i]``. The units that are not zero go through k-means, weighted by their adapters' weights,
+    from centres that are far apart (each the unit farthest from those before; the first is the longest), so nothing is
+    drawn. Averages are shorter than their members: each centroid gets the weighted mean length of its members. The
+    result is times sqrt(sum of weights) in both factors, so its update is of the size of the weighted sum's share. What
+    the paper calls dual reweighting is not otherwise followed: only its abstract was at hand.
+
+    Twice the weights multiply the rows by sqrt(2), the update by 2, and rows come in the order of the adapters: the
+    laws ``scaling`` and ``order`` are about rows.
+
+    Args:
+        deltas: the units of k adapters, r x (out + in) each; zero rows fill up.
+        weights: one weight per adapter, not negative.
+        clusters: rows of the result; by default r.
+
+    Raises:
+        ValueError: ``clusters`` is below 1, or a weight is negative.
+
+    Example:
+        >>> units = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 4.0]]])
+        >>> lego(units, torch.tensor([0.5, 0.5]))
+        tensor([[1., 0.],
+                [0., 3.]])
+    """
+    from sklearn.cluster import KMeans
+
+    wanted = deltas.shape[1] if clusters is None else clusters
+    if wanted < 1 or float(weights.min()) < 0:
+        raise ValueError(f"clusters must be at least 1 and weights not negative, got {wanted} and {weights.tolist()}")
+    shares = weights.repeat_interleave(deltas.shape[1]).double()
+    rows = deltas.flatten(0, 1).double()
+    used = (rows.norm(dim=1) > 0) & (shares > 0)
+    rows, shares = rows[used], shares[used]
+    scale = float(weights.sum()) ** 0.5
+    if len(rows) <= wanted:
+        wanted = max(len(rows), 1)
+        if not len(rows):
+            return torch.zeros_like(deltas[0, :1])
+    centres = rows[_spread(rows, wanted)].cpu().numpy()
+    found = KMeans(wanted, init=centres, n_init=1).fit(rows.cpu().numpy(), sample_weight=shares.cpu().numpy())
+    member = torch.nn.functional.one_hot(torch.from_numpy(found.labels_).long(), wanted).to(rows)
+    mass = member.T * shares  # clusters x units
+    whole = mass.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    mean, length = mass @ rows / whole, mass @ rows.norm(dim=1, keepdim=True) / whole
+    result = mean * (length / mean.norm(dim=1, keepdim=True).clamp(min=1e-300))
+    order = member.argmax(dim=0).argsort(stable=True)  # by the first member, so that one adapter stays as it is
+    return (scale * result[order]).to(deltas.dtype)
+
+
+def _spread(rows: Tensor, count: int) -> list[int]:
+    """Places of rows that are far apart, the longest first."""
+    chosen = [int(rows.norm(dim=1).argmax())]
+    nearest = (rows - rows[chosen[0]]).norm(dim=1)
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (rows - rows[chosen[-1]]).norm(dim=1))
+    return chosen
