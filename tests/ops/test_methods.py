@@ -1,0 +1,215 @@
+"""Merge methods against their oracles, by hand, and by what their papers promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraloom.ops.merge import merge
+from loraloom.ops.merge_methods import inner_method, merge_methods
+from loraloom.ops.select import largest, threshold
+from oracles import methods as oracle
+from oracles.ops_dense import delta, random_adapter
+
+calm = settings(derandomize=True, deadline=None, max_examples=40)
+ENTRYWISE = ["ties", "magnitude", "breadcrumbs", "sce", "consensus"]
+SPECTRAL = ["iso_c", "iso_cts", "tsv_m", "cart", "model_stock"]
+
+
+def run(name, deltas, weights, seed=0, **knobs):
+    if name in ("dare", "dare_ties", "della"):
+        knobs["generator"] = torch.Generator().manual_seed(seed)
+    return merge_methods[name](torch.as_tensor(deltas), torch.as_tensor(weights, dtype=torch.float64), **knobs)
+
+
+@st.composite
+def stacks(draw):
+    """Small whole numbers: many ties in magnitude and sign, and zeros."""
+    k, m, n = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    values = draw(st.lists(st.integers(-3, 3), min_size=k * m * n, max_size=k * m * n))
+    weights = draw(st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 2.0]), min_size=k, max_size=k))
+    return torch.tensor(values, dtype=torch.float64).view(k, m, n), weights
+
+
+@calm
+@given(stacks(), st.sampled_from(ENTRYWISE), st.sampled_from([None, 0.01, 0.3, 0.5, 1.0]))
+def test_entrywise_methods_are_their_oracles(case, name, density):
+    deltas, weights = case
+    knobs = {} if density is None or name == "consensus" else {"density": density}
+    want = getattr(oracle, name)([d.numpy() for d in deltas], weights, **knobs)
+    assert np.allclose(run(name, deltas, weights, **knobs).numpy(), want), (name, knobs)
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+@pytest.mark.parametrize("seed", range(4))
+def test_spectral_methods_are_their_oracles_and_do_not_depend_on_the_basis(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    deltas = torch.stack([draw(12, 2) @ draw(2, 9) for _ in range(3)])
+    weights = [0.7, 0.2, 0.4]
+    got = run(name, deltas, weights)
+    assert np.allclose(got, getattr(oracle, name)([d.numpy() for d in deltas], weights), atol=1e-9)
+    left, right = torch.linalg.qr(draw(12, 12)).Q, torch.linalg.qr(draw(9, 9)).Q
+    assert torch.allclose(run(name, left @ deltas @ right, weights), left @ got @ right, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [*SPECTRAL, "slerp", "karcher", "pico", "ctm"])
+def test_core_space_gives_what_dense_updates_give(name):
+    adapters = [random_adapter(seed, {"layers.0.q": (30, 20, 3)}, 2.0) for seed in (1, 2, 3)]
+    one, two = (merge(adapters, name, [0.5, 0.3, 0.4], space=space, rank=9) for space in ("core", "delta"))
+    assert np.allclose(delta(one.modules["layers.0.q"]), delta(two.modules["layers.0.q"]), atol=1e-8)
+
+
+def test_ties_by_hand_where_peers_disagree():
+    """[1, -.8, -.8] weighed [1, .2, .2], nothing trimmed: PEFT -0.16, mergekit 1.0; ours 1.0 times the weights' sum."""
+    got = run("ties", torch.tensor([[1.0], [-0.8], [-0.8]]).double(), [1.0, 0.2, 0.2], density=1.0)
+    assert torch.allclose(got, torch.tensor([1.4]).double())
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties", "della"])
+def test_random_drops_keep_the_expected_share_and_the_expectation(name):
+    deltas, knobs = torch.ones(1, 200, 50, dtype=torch.float64), {"density": 0.4}
+    runs = [run(name, deltas, [1.0], seed=seed, **knobs) for seed in range(30)]
+    shares = [float((one != 0).double().mean()) for one in runs]
+    assert abs(np.mean(shares) - 0.4) < 0.01
+    if name == "dare":
+        assert abs(float(torch.stack(runs).mean()) - 1) < 0.01
+
+
+def test_della_keeps_large_entries_more_often_and_rescales_each_by_its_chance():
+    row = torch.arange(1.0, 6.0, dtype=torch.float64).repeat(4000, 1)[None]
+    got = run("della", row, [1.0], density=0.5, epsilon=0.4)
+    chance = torch.tensor([0.3, 0.4, 0.5, 0.6, 0.7], dtype=torch.float64)
+    assert torch.allclose((got != 0).double().mean(0), chance, atol=0.03)
+    for column in range(5):
+        values = got[:, column].unique()
+        assert torch.allclose(values, torch.tensor([0.0, (column + 1) / chance[column]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="epsilon"):
+        run("della", row, [1.0], density=0.5, epsilon=1.2)
+
+
+def test_breadcrumbs_loses_no_small_tensor():
+    """With gamma * n rounding to 0, or gamma 0, nothing is taken for an outlier."""
+    one = torch.ones(1, 8, 8, dtype=torch.float64) * 3
+    for gamma in (0.0, 0.001):
+        assert torch.equal(run("breadcrumbs", one, [1.0], density=1.0, gamma=gamma), one[0])
+    assert run("breadcrumbs", one[:, :1, :1], [1.0], gamma=0.9).item() == 3
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
+def test_slerp_is_the_sine_formula_and_the_karcher_mean_of_two(t):
+    deltas = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = [1 - t, t]
+    want = oracle.slerp([d.numpy() for d in deltas], weights)
+    for name in ("slerp", "karcher"):
+        assert np.allclose(run(name, deltas, weights), want, atol=1e-9)
+        assert torch.allclose(run(name, -2 * deltas, weights), -2 * torch.from_numpy(want))
+
+
+def test_karcher_is_where_the_steps_cancel():
+    from loraloom.ops.sphere import log_map
+
+    deltas = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 0.5
+    weights = [0.1, 0.4, 0.3, 0.2]
+    mean = run("karcher", deltas, weights).flatten()
+    step = sum(w * log_map(mean / mean.norm(), d.flatten() / d.norm()) for d, w in zip(deltas, weights, strict=True))
+    assert step.norm() < 1e-10
+    norms = torch.stack([d.norm() for d in deltas])
+    assert torch.allclose(mean.norm(), norms @ torch.tensor(weights, dtype=torch.float64))
+    with pytest.raises(ValueError, match="negative"):
+        run("karcher", deltas, [1.0, -1.0, 0.5, 0.5])
+
+
+def test_antipodal_directions_fall_back_to_the_line():
+    d = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for name in ("slerp", "karcher"):
+        assert not run(name, torch.stack([d, -d]), [0.5, 0.5]).any()
+        assert torch.allclose(run(name, torch.stack([d, 0 * d]), [0.5, 0.5]), d / 2)
+
+
+def test_iso_has_a_flat_spectrum_of_the_true_rank():
+    adapters = [random_adapter(seed, {"layers.0.q": (40, 30, 2)}) for seed in (1, 2)]
+    s = np.linalg.svd(delta(merge(adapters, "iso_c").modules["layers.0.q"]))[1]
+    assert np.allclose(s[:4], s[0]) and np.allclose(s[4:], 0, atol=1e-9)
+
+
+def test_ctm_has_the_rank_of_one_adapter_by_construction():
+    adapters = [random_adapter(seed, {"layers.0.q": (40, 30, 3)}) for seed in (1, 2, 3)]
+    for knobs in ({}, {"inner": "ties", "density": None}):
+        made = merge(adapters, "ctm", **{key: value for key, value in knobs.items() if value is not None})
+        assert made.shape("layers.0.q").rank == 3
+        assert made.provenance["record"]["error"] == {} and made.modules["layers.0.q"].norm() > 0
+        assert made.provenance["record"]["error"]["layers.0.q"] < 1e-9  # nothing was cut afterwards
+    shared = merge([adapters[0], adapters[0]], "ctm", [0.3, 0.7])
+    assert np.allclose(delta(shared.modules["layers.0.q"]), delta(adapters[0].modules["layers.0.q"]))
+
+
+def test_pico_lowers_what_is_shared_and_keeps_the_norm():
+    u = torch.linalg.qr(torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    deltas = torch.stack(
+        [torch.outer(u[:, 0], v[:, 3]) + (1 + t / 3) * torch.outer(u[:, t + 1], v[:, t]) for t in range(3)]
+    )
+    plain, calm_ = run("linear", deltas, [1.0] * 3), run("pico", deltas, [1.0] * 3)
+    energy = lambda m, i: float((u[:, i] @ m).norm())  # noqa: E731
+    assert energy(calm_, 0) / energy(calm_, 1) == pytest.approx(energy(plain, 0) / energy(plain, 1) / 3**0.5)
+    assert calm_.norm() == pytest.approx(float(plain.norm()))
+    assert torch.allclose(run("pico", deltas, [1.0] * 3, strength=0.0), plain)
+
+
+def test_lego_gives_back_clusters_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    units = 5 * torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    deltas = torch.stack([units[torch.randperm(3, generator=generator)] for _ in range(4)])
+    noisy = deltas + 0.01 * torch.randn(deltas.shape, generator=generator, dtype=torch.float64)
+    got = run("lego", noisy, [0.25] * 4)
+    assert got.shape == (3, 12)
+    assert torch.cdist(got, units).min(dim=1).values.max() < 0.05
+    assert run("lego", noisy, [0.25] * 4, clusters=7).shape == (7, 12)
+    assert not run("lego", 0 * noisy, [0.25] * 4).any()
+
+
+@pytest.mark.parametrize("name", ["dare", "fisher", "lego", "nothing"])
+def test_what_cannot_run_inside_another_method(name):
+    with pytest.raises(ValueError, match=name):
+        inner_method(name)
+
+
+# ---- selection ----
+
+
+@calm
+@given(st.integers(0, 10_000), st.floats(0, 1), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_selection_is_sorting(seed, share, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(37, 11, generator=generator).to(dtype)
+    if seed % 3 == 0:
+        values = (values * 2).round()  # many ties
+    if seed % 5 == 0:
+        values[values.abs() < 1] = 0
+    count = round(share * values.numel())
+    want = oracle.kept(values.double().numpy(), count)
+    assert np.array_equal(largest(values, count).numpy(), want)
+
+
+def test_selection_on_a_large_tensor_and_when_the_sample_misleads(monkeypatch):
+    from loraloom.ops import select
+
+    monkeypatch.setattr(select, "_CHUNK", 10_000)
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    order = values.abs().sort(descending=True).values
+    for count in (1, 2, 150_000, 299_999, 300_000):
+        assert threshold(values, count) == order[count - 1]
+    step = (300_000 // select._SAMPLE) | 1
+    values[::step] = 100.0 + torch.arange(len(values[::step]))  # what is looked at is nothing like the rest
+    order = values.abs().sort(descending=True).values
+    for count in (5, 100_000, 250_000):
+        assert threshold(values, count) == order[count - 1]
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            threshold(torch.tensor([1.0, bad]), 1)
+    with pytest.raises(ValueError, match="from 1 to 2"):
+        threshold(torch.ones(2), 3)
