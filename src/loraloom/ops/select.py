@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -9,7 +11,66 @@ from torch import Tensor
 from loraloom.adapter import is_finite
 
 _SAMPLE = 1 << 16
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20  # entries at a time: what is made of them stays in the cache
+
+
+class Cutoff(NamedTuple):
+    """Which entries of a tensor are its largest: those above ``last``, and those equal to it up to the index ``place``.
+
+    ``last`` is infinite where none is.
+    """
+
+    last: float
+    place: int
+
+    def kept(self, entries: Tensor, start: int = 0) -> Tensor:
+        """Some entries of the tensor, from the flat index ``start`` on, with those that are not the largest at 0."""
+        return torch.where(self.mask(entries, start), entries, 0.0)
+
+    def mask(self, entries: Tensor, start: int = 0) -> Bool[Tensor, "*shape"]:
+        """Where the largest are among some entries of the tensor."""
+        size = entries.abs()
+        stays = size >= self.last
+        if self.place < start + entries.numel():
+            index = torch.arange(start, start + entries.numel(), device=entries.device).view_as(entries)
+            stays &= (size != self.last) | (index <= self.place)
+        return stays
+
+
+def cutoff(values: Tensor, count: int) -> Cutoff:
+    """What tells the ``count`` entries of largest magnitude; of equal ones the first by flat index are taken.
+
+    Raises:
+        ValueError: ``count`` is below 0 or above the number of entries, or an entry is NaN or infinite.
+
+    Example:
+        >>> values = torch.tensor([1.0, -2.0, 2.0, 0.0])
+        >>> found = cutoff(values, 1)
+        >>> found, found.kept(values)
+        (Cutoff(last=2.0, place=1), tensor([ 0., -2.,  0.,  0.]))
+    """
+    if count == 0:
+        return Cutoff(float("inf"), -1)
+    flat = values.detach().flatten()
+    last = float(threshold(flat, count))
+    above = sum(int((chunk.abs() > last).count_nonzero()) for chunk in flat.split(_CHUNK))
+    missing = count - above
+    for start in range(0, flat.numel(), _CHUNK):
+        equal = (flat[start : start + _CHUNK].abs() == last).nonzero()[:, 0]
+        if len(equal) >= missing:
+            return Cutoff(last, start + int(equal[missing - 1]))
+        missing -= len(equal)
+    raise ValueError("NaN or infinite entries have no order to select by")
+
+
+def largest(values: Tensor, count: int) -> Bool[Tensor, "*shape"]:
+    """Where the ``count`` entries of largest magnitude are; of equal ones the first by flat index are taken.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -2.0, 2.0, 0.0]), 2)
+        tensor([False,  True,  True, False])
+    """
+    return cutoff(values, count).mask(values)
 
 
 def threshold(values: Tensor, count: int) -> Tensor:
@@ -38,7 +99,7 @@ def threshold(values: Tensor, count: int) -> Tensor:
     above, inside = 0, []
     for chunk in flat.split(_CHUNK):
         size = chunk.abs()
-        above += int((size > high).sum())
+        above += int((size > high).count_nonzero())
         inside.append(size[(size >= low) & (size <= high)])
     near = torch.cat(inside)
     rank = count - above  # among those inside, from the top
@@ -57,29 +118,6 @@ def _bracket(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
     high = sample[first] if first >= 0 else sample.new_tensor(float("inf"))
     low = sample[last] if last < size else sample.new_zeros(())
     return low, high
-
-
-def largest(values: Tensor, count: int) -> Bool[Tensor, "*shape"]:
-    """Where the ``count`` entries of largest magnitude are; of equal ones the first by flat index are taken.
-
-    Raises:
-        ValueError: ``count`` is below 0 or above the number of entries, or an entry is NaN or infinite.
-
-    Example:
-        >>> largest(torch.tensor([1.0, -2.0, 2.0, 0.0]), 2)
-        tensor([False,  True,  True, False])
-    """
-    if count == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    if count == values.numel():
-        return torch.ones_like(values, dtype=torch.bool)
-    last = threshold(values, count)
-    size = values.abs()
-    stays = size > last
-    short = count - int(stays.sum())
-    equal = (size == last).flatten().nonzero()[:short, 0]
-    stays.view(-1)[equal] = True
-    return stays
 
 
 def share_of(density: float, values: Tensor) -> int:

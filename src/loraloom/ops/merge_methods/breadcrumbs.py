@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.select import largest, share_of
+from loraloom.ops.select import cutoff, share_of
 
 
 @merge_methods.register(
@@ -44,10 +47,15 @@ def breadcrumbs(
     """
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma must be in [0, 1), got {gamma}")
-    total = torch.zeros_like(deltas[0])
-    outliers = min(round(gamma * total.numel()), total.numel() - 1)
-    kept = min(share_of(density, total), total.numel() - outliers)
-    for delta, weight in zip(deltas, weights, strict=True):
-        stays = largest(delta, outliers + kept) & ~largest(delta, outliers)
-        total.add_(delta * stays, alpha=float(weight))
-    return total
+    size = deltas[0].numel()
+    outliers = min(round(gamma * size), size - 1)
+    kept = min(share_of(density, deltas[0]), size - outliers)
+    cuts = [(cutoff(delta, outliers + kept), cutoff(delta, outliers)) for delta in deltas]
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        total = torch.zeros_like(rows[0])
+        for (low, high), one, weight in zip(cuts, rows, weights, strict=True):
+            total.add_(low.kept(one, start) - high.kept(one, start), alpha=float(weight))
+        return total
+
+    return by_blocks(deltas, combine)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
 
 
@@ -41,10 +45,17 @@ def consensus(
     """
     if agree < 1 or strictness < 0:
         raise ValueError(f"agree must be at least 1 and strictness at least 0, got {agree} and {strictness}")
-    signs = weights.sign()
-    whole = torch.tensordot(signs, deltas, dims=1)
-    users = torch.zeros_like(whole)
-    for delta, sign in zip(deltas, signs, strict=True):
-        users.add_((delta.abs() >= strictness * (whole - sign * delta).abs()) & (delta != 0) & bool(sign != 0))
-    needed = min(agree, int((signs != 0).sum()))
-    return torch.tensordot(weights, deltas, dims=1) * (users >= needed)
+    used = [(at, float(weight)) for at, weight in enumerate(weights) if weight != 0]
+    needed = min(agree, len(used))
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        turned = [math.copysign(1.0, weight) * rows[at] for at, weight in used]
+        whole, total, users = (torch.zeros_like(rows[0]) for _ in range(3))
+        for one, (_, weight) in zip(turned, used, strict=True):
+            whole += one
+            total.add_(one, alpha=abs(weight))
+        for one in turned:
+            users += (one.abs() >= strictness * (whole - one).abs()) & (one != 0)
+        return total * (users >= needed)
+
+    return by_blocks(deltas, combine)

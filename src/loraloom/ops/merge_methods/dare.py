@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
 
 
@@ -25,7 +28,8 @@ def dare(
     """Weighted sum of updates of which random entries are dropped, the others rescaled (Yu et al. 2024, section 3).
 
     Each entry of each update stays with probability ``density`` and is divided by it, so the expected result is the
-    weighted sum. Masks are drawn for the updates one after another: another order of the adapters gives another draw.
+    weighted sum. Masks are drawn for the updates one after another, a block of rows at a time: another order of the
+    adapters gives another draw.
 
     Args:
         deltas: the k updates, stacked.
@@ -38,10 +42,14 @@ def dare(
         >>> dare(updates, torch.ones(1), density=0.5, generator=torch.Generator().manual_seed(0))
         tensor([2., 0., 2., 2., 2., 0., 2., 0.])
     """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(dropped(delta, density, generator), alpha=float(weight))
-    return total
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        total = torch.zeros_like(rows[0])
+        for one, weight in zip(rows, weights, strict=True):
+            total.add_(dropped(one, density, generator), alpha=float(weight))
+        return total
+
+    return by_blocks(deltas, combine)
 
 
 def dropped(delta: Float[Tensor, " *shape"], density: float, generator: torch.Generator) -> Float[Tensor, " *shape"]:

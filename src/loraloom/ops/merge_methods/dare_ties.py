@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.election import elected_mean
+from loraloom.ops.entrywise import by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.merge_methods.dare import dropped
 
@@ -40,5 +42,8 @@ def dare_ties(
         >>> dare_ties(updates, torch.tensor([0.5, 0.5]), density=1.0, generator=draw)
         tensor([2., 2.])
     """
-    masked = [dropped(delta, density, generator) for delta in deltas]
-    return elected_mean(masked, weights, torch.zeros_like(deltas[0]))
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        return elected_mean([dropped(one, density, generator) for one in rows], weights)
+
+    return by_blocks(deltas, combine)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.election import elected_mean
+from loraloom.ops.entrywise import by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
 
 
@@ -50,8 +52,11 @@ def della(
         raise ValueError(
             f"epsilon must be in [0, {most:.4g}] (below {2 * density:.4g}) for this density, got {epsilon}"
         )
-    masked = [_magprune(delta, density, epsilon, generator) for delta in deltas]
-    return elected_mean(masked, weights, torch.zeros_like(deltas[0]))
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        return elected_mean([_magprune(one, density, epsilon, generator) for one in rows], weights)
+
+    return by_blocks(deltas, combine)
 
 
 def _magprune(delta: Tensor, density: float, epsilon: float, generator: torch.Generator) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.select import largest, share_of
+from loraloom.ops.select import cutoff, share_of
 
 
 @merge_methods.register(
@@ -33,7 +36,12 @@ def magnitude(
         >>> magnitude(torch.tensor([[3.0, -1.0], [1.0, 2.0]]), torch.tensor([1.0, 1.0]), density=0.5)
         tensor([3., 2.])
     """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta * largest(delta, share_of(density, delta)), alpha=float(weight))
-    return total
+    cuts = [cutoff(delta, share_of(density, delta)) for delta in deltas]
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        total = torch.zeros_like(rows[0])
+        for cut, one, weight in zip(cuts, rows, weights, strict=True):
+            total.add_(cut.kept(one, start), alpha=float(weight))
+        return total
+
+    return by_blocks(deltas, combine)

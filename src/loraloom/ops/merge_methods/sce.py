@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.election import elected_mean
+from loraloom.ops.entrywise import by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.select import largest, share_of
+from loraloom.ops.select import cutoff, share_of
 
 
 @merge_methods.register("sce", paper="https://arxiv.org/abs/2408.07990", spaces=("delta", "core", "knots", "factors"))
@@ -37,10 +39,17 @@ def sce(
     variance = torch.zeros_like(mean)
     for delta in deltas:
         variance.add_((delta - mean).square_())
-    stays = largest(variance, share_of(density, variance))
-    selected = [delta * stays for delta in deltas]
-    energy = torch.stack([delta.square().sum() for delta in selected])
+    cut = cutoff(variance, share_of(density, variance))
+    stays = cut.mask(variance)
+    energy = torch.stack([torch.where(stays, delta, 0.0).square().sum() for delta in deltas])
     share = weights * energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
     whole = share.abs().sum()
     scale = weights.abs().sum() / whole if whole > 0 else whole
-    return elected_mean(selected, share, torch.zeros_like(mean)) * scale
+    spread = variance.reshape(-1, variance.shape[-1])
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        first = start // spread.shape[1]
+        mask = cut.mask(spread[first : first + len(rows[0])], start)
+        return elected_mean([torch.where(mask, one, 0.0) for one in rows], share)
+
+    return by_blocks(deltas, combine) * scale

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.election import elected_mean
+from loraloom.ops.entrywise import by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.select import largest, share_of
+from loraloom.ops.select import cutoff, share_of
 
 
 @merge_methods.register(
@@ -33,8 +34,13 @@ def ties(
         density: share of entries kept, in (0, 1].
 
     Example:
+        >>> import torch
         >>> ties(torch.tensor([[3.0, -1.0], [1.0, 2.0]]), torch.tensor([0.5, 0.5]), density=1.0)
         tensor([2., 2.])
     """
-    trimmed = [delta * largest(delta, share_of(density, delta)) for delta in deltas]
-    return elected_mean(trimmed, weights, torch.zeros_like(deltas[0]))
+    cuts = [cutoff(delta, share_of(density, delta)) for delta in deltas]
+
+    def combine(rows: Sequence[Tensor], start: int) -> Tensor:
+        return elected_mean([cut.kept(one, start) for cut, one in zip(cuts, rows, strict=True)], weights)
+
+    return by_blocks(deltas, combine)
