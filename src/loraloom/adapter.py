@@ -261,11 +261,18 @@ class Modules(Mapping[str, Factors]):
         names: the module paths, in order.
         read: makes the factors of one module.
         shape: tells the sizes of one module without making it; by default it is made for that.
+        heavy: each takes all cores and much memory by itself, so no two should be made at once.
     """
 
     def __init__(
-        self, names: Sequence[str], read: Callable[[str], Factors], shape: Callable[[str], Shape] | None = None
+        self,
+        names: Sequence[str],
+        read: Callable[[str], Factors],
+        shape: Callable[[str], Shape] | None = None,
+        *,
+        heavy: bool = False,
     ) -> None:
+        self.heavy = heavy
         self._names = dict.fromkeys(names)
         self._read = read
         self._shape = shape

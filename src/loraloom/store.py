@@ -193,7 +193,9 @@ def _fill(adapter: Adapter, writer: Writer) -> tuple[dict[str, int], bool]:
         kept = as_configured(adapter.config, name, factors)
         return factors, kept, module_tensors(adapter.config, name, factors if kept else factors.baked())
 
-    for name, (factors, kept, tensors) in ahead(made, adapter.modules):
+    heavy = getattr(adapter.modules, "heavy", False)
+    stream = ((name, made(name)) for name in adapter.modules) if heavy else ahead(made, adapter.modules)
+    for name, (factors, kept, tensors) in stream:
         ranks[name] = factors.rank
         bake = bake or not kept
         for part, (key, tensor) in tensors.items():

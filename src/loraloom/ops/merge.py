@@ -130,7 +130,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     if job.untouched and energy is None and budget is None:
         return replace(adapters[0], provenance=provenance)
     shapes = _aligned(job)
-    modules = Modules(tuple(shapes), partial(_read, job, shapes), shapes.__getitem__)
+    modules = Modules(tuple(shapes), partial(_read, job, shapes), shapes.__getitem__, heavy=job.dense)
     kept = space == "factors" and not job.cut and one_scale(adapters)
     config = config_of(adapters, shapes, kept=kept, as_lora=base is not None)
     merged = Adapter(config, modules, extras_of(adapters, job.weights_of(None), extras), provenance)
@@ -156,6 +156,11 @@ class _Job:
     @property
     def linear(self) -> bool:
         return bool(self.technique.facts.get("linear"))
+
+    @property
+    def dense(self) -> bool:
+        """Whether out x in matrices are formed."""
+        return self.space == "delta" and (not self.linear or self.base is not None)
 
     @property
     def cut(self) -> bool:
@@ -304,7 +309,8 @@ def _shrunk(merged: Adapter, energy: float | None, budget: int | str | None) -> 
         record["error"][name], record["norm"][name] = chained(first, second, name)
         return factors
 
-    modules = Modules(tuple(small.modules), read, small.shape)
+    heavy = getattr(merged.modules, "heavy", False)
+    modules = Modules(tuple(small.modules), read, small.shape, heavy=heavy)
     return replace(small, modules=modules, provenance={**merged.provenance, "record": record})
 
 

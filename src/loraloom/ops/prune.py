@@ -118,7 +118,7 @@ def prune(  # noqa: PLR0913 - what is dropped, by what, over what
         if density == 1 and rank is None:
             return replace(adapter, provenance=provenance)
         cut.begin()
-        return replace(plain, modules=Modules(tuple(adapter.modules), cut.read, cut.shape))
+        return replace(plain, modules=Modules(tuple(adapter.modules), cut.read, cut.shape, heavy=space == "delta"))
     if rank is not None or space != "factors":
         raise ValueError("space and rank go with unit='entry'")
     if unit == "rank" and density is not None:
