@@ -28,6 +28,7 @@ LEVELS = {
     "loraloom.folders": 0,
     "loraloom.safefile": 0,
     "loraloom.stream": 0,
+    "loraloom.experts": 1,
     "loraloom.layout": 1,
     "loraloom.store": 1,
     "loraloom.checkpoint": 1,
@@ -52,6 +53,8 @@ LEVELS = {
 # Sideways imports at the same level: (importer, imported), each a prefix, with the reason.
 ALLOWED = {
     ("loraloom.ops", "loraloom.strategies.units"): "pruning keeps and drops the same units that CoTo switches",
+    ("loraloom.layout", "loraloom.experts"): "how PEFT packs the experts of one parameter",
+    ("loraloom.store", "loraloom.experts"): "the same",
     ("loraloom.store", "loraloom.layout"): "reading a folder is files (store) plus what PEFT's names mean (layout)",
     ("loraloom.run", "loraloom.recipe"): "a recipe, run",
     ("loraloom.demo", "loraloom.recipe"): "the demo is a few recipes, run",

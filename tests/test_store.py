@@ -149,7 +149,6 @@ BAD: dict[str, tuple[Any, dict | None, type[Exception], str]] = {
             "layer_replication": [[0, 1]],
             "megatron_config": {"a": 1},
             "monteclora_config": {"a": 1},
-            "target_parameters": ["experts.gate"],
             "trainable_token_indices": [3],
             "use_bdlora": {"nblocks": 2},
             "use_qalora": True,

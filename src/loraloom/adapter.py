@@ -47,6 +47,7 @@ class Factors:
         magnitude: DoRA's column norms, (out,).
         kernel: A's stored trailing shape for a convolution, as (in_channels, *kernel_size).
         embedding: whether the module is an embedding (stored as ``lora_embedding_A`` and ``_B``).
+        experts: of how many experts the factors are packed into one pair, as PEFT stores them (see ``experts.py``).
 
     Example:
         >>> f = Factors(B=torch.ones(3, 1), A=torch.tensor([[1.0, 2.0]]), scale=0.5)
@@ -65,6 +66,7 @@ class Factors:
     magnitude: Tensor | None = None
     kernel: tuple[int, ...] | None = None
     embedding: bool = False
+    experts: int = 1
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:

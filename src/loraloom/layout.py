@@ -14,19 +14,21 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
+from loraloom.experts import as_stored, holds_experts, owner_of, place_of, spread, unpacked
 
 PREFIX = "base_model.model."
 
 # What a LoRA configuration may switch on that (B, A, scale) cannot say.
 _VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
+    *("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora"),
     *("use_qalora", "velora_config"),
 )
 # Starts that change the base weight: the factors are then relative to a base that only training saw.
@@ -80,8 +82,9 @@ def scale_of(config: Mapping[str, Any], name: str) -> float:
 
 def as_configured(config: Mapping[str, Any], name: str, factors: Factors) -> bool:
     """Whether the configuration already gives this module its rank and, exactly, its scale."""
-    ranks = (rank_of(config, name), int(_matched(config.get("rank_pattern"), name, factors.rank)))
-    return ranks == (factors.rank, factors.rank) and scale_of(config, name) == factors.scale
+    rank = factors.rank // factors.experts
+    ranks = (rank_of(config, name), int(_matched(config.get("rank_pattern"), name, rank)))
+    return ranks == (rank, rank) and scale_of(config, name) == factors.scale
 
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
@@ -122,7 +125,9 @@ def digest(config: Mapping[str, Any], names: Iterable[str]) -> str:
     chosen = {key: config.get(key) for key in _TARGETS}
     if isinstance(chosen["target_modules"], list | set | tuple):
         chosen["target_modules"] = sorted(chosen["target_modules"])
-    return hashlib.sha256(json.dumps([chosen, sorted(names)], default=sorted, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([chosen, sorted({owner_of(name) for name in names})], default=sorted, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, retarget: bool) -> dict[str, Any]:
@@ -143,12 +148,13 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
         (2, 2, True, ['a.q', 'a.k', 'a.v'])
     """
     new = {**config, "inference_mode": True}
+    experts = [name for name in ranks if holds_experts(config, name)]
     if bake or retarget:
         if isinstance(new.get("init_lora_weights"), str):  # a start that may refuse the new rank, for nothing
             new.update(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
         new = {key: value for key, value in new.items() if key in config or value is not None}
     if bake:
-        usual = Counter(ranks.values()).most_common(1)[0][0]
+        usual = next((ranks[name] for name in experts), Counter(ranks.values()).most_common(1)[0][0])
         new["r"] = usual
         new["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
         if _is_hira(config) and new["rank_pattern"]:
@@ -160,8 +166,9 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
     if retarget:
         # PEFT takes a list entry as the end of a path too. A name without a dot would also match deeper modules,
         # so such sets are given as one regular expression, which must match the whole path.
-        exact = all("." in name for name in ranks)
-        new["target_modules"] = list(ranks) if exact else "|".join(re.escape(name) for name in ranks)
+        plain = [name for name in ranks if name not in experts]
+        exact = all("." in name for name in plain)
+        new["target_modules"] = plain if exact else "|".join(re.escape(name) for name in plain)
         new.update({key: None for key in _TARGETS[1:] if key in config})
     return new
 
@@ -251,7 +258,8 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
         if len(a) > 2 and a[0] % b[1] == 0:
             raise UnsupportedKind(f"{what} is a grouped convolution (A {a}, B {b}); not supported")
         raise ValueError(f"{what}: A {a} and B {b} do not have the same rank")
-    if a[0] not in (rank_of(config, name), _matched(config.get("rank_pattern"), name, None)):
+    ranks = (rank_of(config, name), _matched(config.get("rank_pattern"), name, None))
+    if a[0] not in ranks and not (holds_experts(config, name) and a[0] % rank_of(config, name) == 0):
         raise ValueError(f"{what} has rank {a[0]} but the configuration says {rank_of(config, name)}")
     for part, switch in (("bias", "lora_bias"), ("magnitude", "use_dora")):
         if bool(config.get(switch)) != (part in keys):
@@ -267,9 +275,14 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
     parts, extras = _sorted_keys(source)
     if not parts:
         raise ValueError(f"{source.where}: holds no factors (lora_A, lora_B or hira_A, hira_B)")
-    shapes = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
+    stored = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
+    shapes = spread(stored, {name: rank_of(config, name) for name in stored if holds_experts(config, name)})
 
     def read(name: str) -> Factors:
+        at, of = place_of(name)
+        return unpacked(recent(owner_of(name)), at, of) if of > 1 else whole(name)
+
+    def whole(name: str) -> Factors:
         tensors = {part: source.checked(key) for part, key in parts[name].items()}
         a, b = tensors["A"], tensors["B"]
         if a.dtype not in _FLOATS or b.dtype not in _FLOATS:
@@ -284,6 +297,7 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
             embedding="_embedding_" in parts[name]["A"].rpartition(".")[2],
         )
 
+    recent = lru_cache(maxsize=2)(whole)  # the experts of one parameter are read one after the other
     marked = {**provenance, "targets": digest(config, shapes)}
     return Adapter(config, Modules(list(shapes), read, shapes.__getitem__), _Extras(source, extras), marked)
 
@@ -361,6 +375,7 @@ def to_state_dict(adapter: Adapter, *, bake: bool = True) -> Iterator[tuple[str,
         >>> [(key, tensor.max().item()) for key, tensor in to_state_dict(a)]
         [('base_model.model.h.0.q.lora_A.weight', 1.0), ('base_model.model.h.0.q.lora_B.weight', 2.0)]
     """
+    adapter = as_stored(adapter)
     for name in adapter.modules:
         factors = adapter.modules[name]
         yield from module_tensors(adapter.config, name, factors.baked() if bake else factors).values()

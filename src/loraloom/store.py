@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
+from loraloom.experts import as_stored
 from loraloom.folders import UNFINISHED, refuse_taken, whole_folder, write_text
 from loraloom.layout import (
     Source,
@@ -196,7 +197,7 @@ def _fill(adapter: Adapter, writer: Writer) -> tuple[dict[str, int], bool]:
     heavy = getattr(adapter.modules, "heavy", False)
     stream = ((name, made(name)) for name in adapter.modules) if heavy else ahead(made, adapter.modules)
     for name, (factors, kept, tensors) in stream:
-        ranks[name] = factors.rank
+        ranks[name] = factors.rank // factors.experts
         bake = bake or not kept
         for part, (key, tensor) in tensors.items():
             writer.add(key, tensor)
@@ -269,6 +270,7 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
         ...     again.modules["layers.0.q"].delta().sum()
         tensor(3.)
     """
+    adapter = as_stored(adapter)
     target = Path(path).resolve()
     kind: Any = {"overwrite": overwrite, "mark": CONFIG, "what": "an adapter folder"}
     refuse_taken(target, **kind)

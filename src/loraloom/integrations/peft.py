@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapter import Adapter, AdapterMismatch
+from loraloom.experts import as_stored
 from loraloom.layout import PREFIX, as_configured, check_config, from_state_dict, knows_targets, settled, to_state_dict
 
 # Containers that torch.nn.Module keeps as attributes and changes in place; everything else is replaced as a whole.
@@ -78,9 +79,9 @@ def _put_on(model: nn.Module, adapter: Adapter) -> nn.Module:
     from peft import get_peft_model, set_peft_model_state_dict
 
     check_config(adapter.config, "configuration")
-    held = adapter.loaded()
+    held = as_stored(adapter).loaded()
     bake = not all(as_configured(held.config, name, factors) for name, factors in held.modules.items())
-    ranks = {name: factors.rank for name, factors in held.modules.items()}
+    ranks = {name: factors.rank // factors.experts for name, factors in held.modules.items()}
     config = settled(held.config, ranks, bake=bake, retarget=not knows_targets(held))
     tensors = dict(to_state_dict(held, bake=bake))
     try:

@@ -1,0 +1,135 @@
+"""Adapters of expert parameters (PEFT's ``target_parameters``): one module per expert, packed as PEFT stores them.
+
+PEFT keeps the factors of all E experts of a 3-D parameter in one pair: A is (E r) x in, the rows of one expert
+together; B is out x (r E), the experts varying fastest. Here expert 3 of 8 is the module ``...mlp.experts[3/8]`` with
+factors of its own, so that every operator is right for every expert. When several parameters of one module are adapted,
+PEFT names all but the last ``...experts.base_layer``; so do we.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from loraloom.adapter import Adapter, Factors, Modules, Shape, padded
+
+_EXPERT = re.compile(r"(?P<owner>.+)\[(?P<at>\d+)/(?P<of>\d+)\]")
+
+
+def owner_of(name: str) -> str:
+    """The module path under which PEFT stores a module.
+
+    Example:
+        >>> owner_of("layers.0.mlp.experts[3/8]"), owner_of("layers.0.q_proj")
+        ('layers.0.mlp.experts', 'layers.0.q_proj')
+    """
+    match = _EXPERT.fullmatch(name)
+    return match["owner"] if match else name
+
+
+def holds_experts(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a module path is that of a module of whose parameters ``target_parameters`` names some.
+
+    Example:
+        >>> holds_experts({"target_parameters": ["mlp.experts.gate_up_proj"]}, "layers.0.mlp.experts.base_layer")
+        True
+    """
+    owners = {str(path).rpartition(".")[0] for path in config.get("target_parameters") or ()}
+    path = re.sub(r"(\.base_layer)+$", "", name)
+    return any(path == owner or path.endswith("." + owner) for owner in owners)
+
+
+def names_of(owner: str, experts: int) -> list[str]:
+    """The modules of the experts of one parameter.
+
+    Example:
+        >>> names_of("mlp.experts", 2)
+        ['mlp.experts[0/2]', 'mlp.experts[1/2]']
+    """
+    return [f"{owner}[{at}/{experts}]" for at in range(experts)]
+
+
+def spread(stored: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, Shape]:
+    """Sizes by module, of those by path in the file and the rank of one expert where there may be several.
+
+    Example:
+        >>> spread({"q": Shape(3, 4, 2), "experts": Shape(5, 6, 4)}, {"experts": 2})
+        {'q': Shape(out=3, in_=4, rank=2), 'experts[0/2]': Shape(out=5, in_=6, rank=2), 'experts[1/2]': Shape(...)}
+    """
+    found: dict[str, Shape] = {}
+    for owner, shape in stored.items():
+        rank = ranks.get(owner, shape.rank)
+        count = shape.rank // rank
+        for name in names_of(owner, count) if count > 1 else [owner]:
+            found[name] = shape._replace(rank=rank)
+    return found
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """Number of an expert and how many there are; (0, 1) for any other module.
+
+    Example:
+        >>> place_of("mlp.experts[3/8]")
+        (3, 8)
+    """
+    match = _EXPERT.fullmatch(name)
+    return (int(match["at"]), int(match["of"])) if match else (0, 1)
+
+
+def unpacked(packed: Factors, at: int, experts: int) -> Factors:
+    """The factors of one expert.
+
+    Example:
+        >>> pair = Factors(B=torch.tensor([[1.0, 2.0]]), A=torch.tensor([[3.0], [4.0]]))
+        >>> unpacked(pair, 1, 2).delta()
+        tensor([[8.]])
+    """
+    rank = packed.rank // experts
+    b = packed.B.reshape(-1, rank, experts)[:, :, at].contiguous()
+    return replace(packed, B=b, A=packed.A[at * rank : (at + 1) * rank].clone())
+
+
+def packed(parts: Sequence[Factors | None], rank: int) -> Factors:
+    """One pair for all experts at one rank, its scale 1; an expert that is None adds nothing.
+
+    Example:
+        >>> one = Factors(B=torch.ones(1, 1), A=torch.ones(1, 1))
+        >>> packed([one, one.scaled(2.0)], 1).B
+        tensor([[1., 2.]])
+    """
+    like = next(part for part in parts if part is not None)
+    none = replace(like, B=torch.zeros_like(like.B), A=torch.zeros_like(like.A))
+    baked = [(none if part is None else part).baked() for part in parts]
+    b = torch.stack([padded(part.B, rank) for part in baked], dim=2).flatten(1)
+    a = torch.cat([padded(part.A.T, rank).T for part in baked])
+    return replace(like, B=b, A=a, scale=1.0, bias=None, experts=len(parts))
+
+
+def as_stored(adapter: Adapter) -> Adapter:
+    """The adapter with its experts packed, at the largest rank of any; itself if it has none."""
+    owners: dict[str, list[str]] = {}
+    for name in adapter.modules:
+        owners.setdefault(owner_of(name), []).append(name)
+    of = {owner: place_of(names[0])[1] for owner, names in owners.items()}
+    single = {owner for owner, names in owners.items() if names == [owner]}
+    if len(single) == len(owners):
+        return adapter
+    rank = max(adapter.shape(name).rank for owner, names in owners.items() if owner not in single for name in names)
+
+    def read(owner: str) -> Factors:
+        if owner in single:
+            return adapter.modules[owner]
+        there = {place_of(name)[0]: name for name in owners[owner]}
+        parts = [adapter.modules[there[at]] if at in there else None for at in range(of[owner])]
+        return packed(parts, rank)
+
+    def shape(owner: str) -> Shape:
+        first = adapter.shape(owners[owner][0])
+        return first if owner in single else first._replace(rank=rank * of[owner])
+
+    heavy = getattr(adapter.modules, "heavy", False)
+    return replace(adapter, modules=Modules(tuple(owners), read, shape, heavy=heavy))

@@ -1,0 +1,162 @@
+"""Adapters of expert parameters, written and read by PEFT; every expert against its own dense update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from loraloom.adapter import Adapter, Factors
+from loraloom.experts import as_stored, packed, unpacked
+from loraloom.integrations.peft import attached, from_model
+from loraloom.ops.compress import compress
+from loraloom.ops.merge import merge
+from loraloom.ops.prune import prune
+from loraloom.store import load, save
+
+E, HIDDEN, WIDE = 4, 6, 10
+
+
+class Experts(nn.Module):
+    """Two 3-D parameters, as the fused experts of Transformers have them: (experts, out, in)."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        up, down = ((HIDDEN, WIDE), (WIDE, HIDDEN)) if transposed else ((WIDE, HIDDEN), (HIDDEN, WIDE))
+        self.gate_up_proj = nn.Parameter(torch.randn(E, *up))
+        self.down_proj = nn.Parameter(torch.randn(E, *down))
+
+    def forward(self, x):
+        up, down = self.gate_up_proj, self.down_proj
+        if not self.is_transposed:
+            up, down = up.transpose(1, 2), down.transpose(1, 2)
+        return torch.stack([x @ u @ d for u, d in zip(up, down, strict=True)]).sum(0)
+
+
+class Block(nn.Module):
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(HIDDEN, HIDDEN)
+        self.experts = Experts(transposed)
+
+    def forward(self, x):
+        return self.experts(self.q_proj(x))
+
+
+def model(transposed: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(transposed) for _ in range(2)]).double()
+
+
+def made(folder, seed: int, transposed: bool, rank: int = 2, parameters=("experts.gate_up_proj", "experts.down_proj")):
+    config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["q_proj"], target_parameters=list(parameters))
+    live = get_peft_model(model(transposed), config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) - 0.5
+    live.save_pretrained(folder)
+    return live
+
+
+def updates(live: nn.Module, transposed: bool) -> dict[str, torch.Tensor]:
+    """What merging changes in every base parameter."""
+    merged, before = (dict(one.named_parameters()) for one in (live.merge_and_unload(), model(transposed)))
+    return {name: merged[name] - before[name] for name in before}
+
+
+@pytest.fixture(params=[False, True])
+def transposed(request):
+    return request.param
+
+
+def reloaded(folder, transposed: bool) -> nn.Module:
+    return PeftModel.from_pretrained(model(transposed), folder)
+
+
+def test_every_expert_is_a_module_with_its_own_update(tmp_path, transposed):
+    live = made(tmp_path / "a", 1, transposed)
+    adapter = load(tmp_path / "a")
+    assert len(adapter.modules) == 2 * (1 + 2 * E)
+    assert adapter.shape(f"0.experts[1/{E}]").rank == 2
+    wanted = updates(live, transposed)
+    for block in range(2):
+        for owner in ("experts", "experts.base_layer"):  # one of the two parameters each, told by its sizes
+            deltas = torch.stack([adapter.modules[f"{block}.{owner}[{at}/{E}]"].delta() for at in range(E)])
+            fits = 0
+            for name in ("gate_up_proj", "down_proj"):
+                want = wanted[f"{block}.experts.{name}"]
+                want = want.transpose(1, 2) if transposed else want
+                fits += want.shape == deltas.shape and torch.allclose(deltas, want, atol=1e-10)
+            assert fits == 1
+
+
+def test_a_round_trip_loads_in_peft_and_computes_the_same(tmp_path, transposed):
+    from safetensors.torch import load_file
+
+    made(tmp_path / "a", 1, transposed)
+    save(load(tmp_path / "a"), tmp_path / "b")
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    x = torch.randn(3, HIDDEN, dtype=torch.float64)
+    assert one.keys() == two.keys()
+    assert torch.allclose(reloaded(tmp_path / "b", transposed)(x), reloaded(tmp_path / "a", transposed)(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["linear", "svd", "tsv_m", "ties"])
+def test_merges_are_right_for_every_expert(tmp_path, transposed, method):
+    for seed, rank in ((1, 2), (2, 3)):
+        made(tmp_path / f"a{seed}", seed, transposed, rank)
+    adapters = [load(tmp_path / f"a{seed}") for seed in (1, 2)]
+    merged = merge(adapters, method, [0.5, -2.0])
+    save(merged, tmp_path / "m")
+    live = reloaded(tmp_path / "m", transposed)
+    if method == "linear":
+        want = {}
+        for seed, weight in ((1, 0.5), (2, -2.0)):
+            for name, value in updates(reloaded(tmp_path / f"a{seed}", transposed), transposed).items():
+                want[name] = want.get(name, 0) + weight * value
+        got = updates(live, transposed)
+        assert all(torch.allclose(got[name], want[name], atol=1e-10) for name in want)
+    again = load(tmp_path / "m")
+    for name in merged.modules:
+        assert torch.allclose(again.modules[name].delta(), merged.modules[name].delta(), atol=1e-10)
+
+
+def test_pruned_experts_become_zero_and_ranks_are_unified(tmp_path, transposed):
+    made(tmp_path / "a", 1, transposed)
+    adapter = load(tmp_path / "a")
+    pruned = prune(adapter, density=0.5, unit="module")
+    save(pruned, tmp_path / "p")
+    again = load(tmp_path / "p")
+    for name in adapter.modules:
+        want = pruned.modules[name].delta() if name in pruned.modules else 0 * adapter.modules[name].delta()
+        if name in again.modules:
+            assert torch.allclose(again.modules[name].delta(), want, atol=1e-12)
+    small = load(save(compress(adapter, energy=0.8), tmp_path / "c"))
+    assert torch.isfinite(reloaded(tmp_path / "c", transposed)(torch.ones(1, HIDDEN).double())).all()
+    assert set(small.modules) == set(adapter.modules)
+
+
+def test_live_models(tmp_path, transposed):
+    live = made(tmp_path / "a", 1, transposed)
+    x = torch.randn(3, HIDDEN, dtype=torch.float64)
+    snapshot, base = from_model(live), model(transposed)
+    with attached(base, snapshot) as peft_model:
+        assert torch.allclose(peft_model(x), live(x), atol=1e-6)
+    assert torch.equal(base(x), model(transposed)(x))
+
+
+def test_packing():
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        Factors(torch.randn(5, r, generator=generator), torch.randn(r, 3, generator=generator), 2.0) for r in (1, 3, 2)
+    ]
+    pair = packed([*parts, None], 3)
+    assert pair.B.shape == (5, 12) and pair.A.shape == (12, 3) and pair.experts == 4
+    for at, part in enumerate(parts):
+        assert torch.allclose(unpacked(pair, at, 4).delta(), part.delta(), atol=1e-6)
+    assert not unpacked(pair, 3, 4).delta().any()
+    plain = Adapter({}, {"layers.0.q": parts[0]})
+    assert as_stored(plain) is plain
