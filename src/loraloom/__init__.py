@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from loraloom.extraction import extract
     from loraloom.folding import fold
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
+    from loraloom.integrations.soup import learn_weights
+    from loraloom.integrations.statistics import measure
     from loraloom.integrations.trainer import CoToCallback
     from loraloom.listing import catalogue
+    from loraloom.measured import load_statistics, save_statistics
     from loraloom.ops.align import align
     from loraloom.ops.arithmetic import scale, subtract
     from loraloom.ops.compress import compress
     from loraloom.ops.interpolate import interpolate
     from loraloom.ops.merge import merge
     from loraloom.ops.prune import prune
+    from loraloom.ops.search import search
     from loraloom.overview import cosines, summary
     from loraloom.probes.connectivity import connectivity
     from loraloom.recipe import Recipe
@@ -47,6 +51,9 @@ _HOME = {
     "export": "serving",
     "catalogue": "listing",
     **dict.fromkeys(["Evaluation", "bench", "evaluate", "score"], "integrations.scoring"),
+    "learn_weights": "integrations.soup",
+    "measure": "integrations.statistics",
+    **dict.fromkeys(["load_statistics", "save_statistics"], "measured"),
     "CoToCallback": "integrations.trainer",
     "align": "ops.align",
     **dict.fromkeys(["scale", "subtract"], "ops.arithmetic"),
@@ -54,6 +61,7 @@ _HOME = {
     "interpolate": "ops.interpolate",
     "merge": "ops.merge",
     "prune": "ops.prune",
+    "search": "ops.search",
     "connectivity": "probes.connectivity",
     "Recipe": "recipe",
     "train": "run",
@@ -85,6 +93,11 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "base_weights",
     "extract",
     "export",
+    "measure",
+    "save_statistics",
+    "load_statistics",
+    "search",
+    "learn_weights",
     "CoTo",
     "ProgressiveDropout",
     "CoToCallback",

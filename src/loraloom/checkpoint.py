@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
+from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
+from loraloom.folders import UNFINISHED
 from loraloom.registry import edge
 from loraloom.safefile import SafeFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Models of Transformers whose linear layers of these names are of its class Conv1D: stored in x out.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+_CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
+# Classes with an output head over the vocabulary, which may be the input embedding once more.
+_HEADED = r"(LMHead\w*|DoubleHeads\w*|For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText))"
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -41,6 +49,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if self.folder.name.endswith(UNFINISHED):
+            raise ValueError(f"{self.folder} is an unfinished write of a process that was killed; remove it")
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is not a folder with a model's weights")
         self.config = self._json("config.json") if (self.folder / "config.json").is_file() else {}
@@ -48,7 +58,13 @@ class Checkpoint(Mapping[str, Tensor]):
             raise UnsupportedKind(f"{self.folder}: the weights are quantised; use those of the model before that")
         index = self._json(INDEX) if (self.folder / INDEX).is_file() else None
         self.shards: dict[str, SafeFile] = {name: self._open(name) for name in self._names(index)}
-        self._shard = {key: name for name, file in self.shards.items() for key in file.shapes}
+        if index is not None and (self.folder / SINGLE).is_file() and list(self.shards) != [SINGLE]:
+            raise ValueError(f"{self.folder} holds both {SINGLE} and {INDEX}, of other files; remove one of them")
+        self._shard: dict[str, str] = {}
+        for name, file in self.shards.items():
+            for key in file.shapes:
+                if self._shard.setdefault(key, name) != name:
+                    raise ValueError(f"{self.folder}: {key} is both in {self._shard[key]} and in {name}")
         if index is not None:
             missing = [key for key in index["weight_map"] if key not in self._shard]
             if missing:
@@ -79,7 +95,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def _open(self, name: str) -> SafeFile:
         path = self.folder / name
         if Path(name).name != name or (path.is_symlink() and not self._in_cache(path)):
-            raise ValueError(f"{self.folder / INDEX}: {name!r} is not a file of this folder")
+            raise ValueError(f"{self.folder}: {name!r} is not a file of this folder")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there, but {INDEX} names it")
         return SafeFile(path)
@@ -123,8 +139,58 @@ class Checkpoint(Mapping[str, Tensor]):
         if len(near) == 1:
             return near[0]
         what = f"several fit: {', '.join(near[:3])}" if near else "no parameter of that name"
-        tied = " (a tied weight is stored once, under another name)" if not near and "head" in path else ""
+        tied = (
+            " (a tied weight is stored once, as the embedding: untie it first)" if not near and "head" in path else ""
+        )
         raise AdapterMismatch(f"{self.folder}: {path} is not in the checkpoint; {what}{tied}")
+
+    def turned(self, key: str, adapter: Adapter, name: str, shape: tuple[int, ...] | None = None) -> bool:
+        """Whether a weight is stored as the transpose of a module's update: embeddings, and GPT-2's Conv1D.
+
+        The sizes tell, except where the weight is square. Then it is the layer's name in the models that are known to
+        have such layers, and ``fan_in_fan_out`` in others: PEFT stores one for all modules, that of the last one.
+
+        Args:
+            key: of the weight.
+            adapter: whose module it is.
+            name: of the module.
+            shape: of the weight, if it is not the one in the files.
+
+        Raises:
+            AdapterMismatch: the sizes do not fit either way.
+        """
+        shape = self.shape(key) if shape is None else shape
+        out, in_, _ = adapter.shape(name)
+        plain = len(shape) > 1 and (shape[0], math.prod(shape[1:])) == (out, in_)
+        across = shape == (in_, out)
+        family = self.config.get("model_type") in _CONV1D
+        turned = is_conv1d(self.config, name) if family else bool(adapter.config.get("fan_in_fan_out"))
+        if plain and not across:
+            return False
+        if across and (turned or adapter.modules[name].embedding):
+            return True
+        if not plain:
+            raise AdapterMismatch(f"{key} is {shape}, the update of {name} is {out} x {in_}")
+        return False
+
+    def tied(self, key: str) -> bool:
+        """Whether a parameter is the input embedding and, at the same time, the output head of the model.
+
+        Told from the configuration: its class has a head over the vocabulary, and the weights are tied, or it does not
+        say and no head is stored.
+        """
+        shape = self.shape(key)
+        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        if len(shape) != 2 or shape[0] not in [part.get("vocab_size") for part in parts] or re.search(r"\.\d+\.", key):
+            return False
+        if not any(re.search(f"{_HEADED}$", str(kind)) for kind in self.config.get("architectures") or ()):
+            return False
+        said = [part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None]
+        if said:
+            return bool(said[0])
+        return not any(
+            other != key and self.shape(other) == shape and not re.search(r"\.\d+\.", other) for other in self
+        )
 
     def live_name(self, key: str) -> str | None:
         """The name in the model of a key of the files; None where the model makes one parameter of several keys."""
@@ -143,26 +209,24 @@ def _ends(key: str, path: str) -> bool:
     return key == path or key.endswith("." + path) or path.endswith("." + key)
 
 
-def as_matrix(weight: Tensor, factors: Factors, fan_in_fan_out: bool, name: str) -> Tensor:
-    """A stored weight as the out x in matrix that delta is added to.
+def is_conv1d(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a layer of a model of Transformers is a Conv1D, which is stored in x out.
 
-    Linear weights are out x in, those of GPT-2's Conv1D (``fan_in_fan_out``) in x out, embeddings num x dim while their
-    delta is dim x num, convolutions out x in x kernel.
-
-    Raises:
-        AdapterMismatch: the sizes do not fit.
+    Example:
+        >>> [is_conv1d({"model_type": "gpt2"}, name) for name in ("transformer.h.0.attn.c_proj", "lm_head")]
+        [True, False]
     """
-    turned = factors.embedding or (fan_in_fan_out and weight.ndim == 2)
-    matrix = weight.T if turned else weight.flatten(1)
-    if matrix.shape != factors.shape[:2]:
-        raise AdapterMismatch(f"{name}: the weight is {tuple(weight.shape)}, the update {factors.shape[:2]}")
-    return matrix
+    return config.get("model_type") in _CONV1D and name.rpartition(".")[2] in _CONV1D_LAYERS
 
 
-def in_place_of(weight: Tensor, matrix: Tensor, factors: Factors, fan_in_fan_out: bool) -> Tensor:
-    """The way back from :func:`as_matrix`: a matrix in the form in which the weight is stored."""
-    turned = factors.embedding or (fan_in_fan_out and weight.ndim == 2)
-    return (matrix.T if turned else matrix).reshape(weight.shape)
+def as_matrix(weight: Tensor, turned: bool) -> Tensor:
+    """A stored weight as the out x in matrix that an update is added to; a view where that is possible.
+
+    Args:
+        weight: out x in, or out x in x kernel.
+        turned: it is stored in x out (see :meth:`Checkpoint.turned`).
+    """
+    return weight.T if turned else weight.flatten(1)
 
 
 class BaseWeights(Mapping[str, Tensor]):
@@ -170,12 +234,12 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
         self._checkpoint, self._adapter = checkpoint, adapter
-        self._turned = bool(adapter.config.get("fan_in_fan_out"))
 
     def __getitem__(self, name: str) -> Tensor:
-        factors = self._adapter.modules[name]
-        weight = self._checkpoint[self._checkpoint.parameter(f"{name}.weight")]
-        return as_matrix(weight, factors, self._turned, name)
+        if name not in self._adapter.modules:
+            raise KeyError(name)
+        key = self._checkpoint.parameter(f"{name}.weight")
+        return as_matrix(self._checkpoint[key], self._checkpoint.turned(key, self._adapter, name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapter.modules)
@@ -195,6 +259,7 @@ def base_weights(folder: str | Path, adapter: Adapter) -> Mapping[str, Tensor]:
         >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> from safetensors.torch import save_file
+        >>> from loraloom.adapter import Factors
         >>> a = Adapter({"peft_type": "HIRA"}, {"fc": Factors(B=torch.ones(2, 1), A=torch.ones(1, 3))})
         >>> with TemporaryDirectory() as folder:
         ...     save_file({"fc.weight": torch.ones(2, 3)}, f"{folder}/model.safetensors")

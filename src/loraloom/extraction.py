@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, is_finite, truncate
-from loraloom.checkpoint import Checkpoint
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
+from loraloom.checkpoint import Checkpoint, as_matrix, is_conv1d
 from loraloom.ops.certificate import note
 from loraloom.ops.checks import check_size
 from loraloom.ops.dense import low_rank
@@ -20,12 +21,17 @@ from loraloom.registry import UnknownName
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-_TURNED = ("GPT2", "GPTBigCodeForCausalLM", "ImageGPT", "OpenAIGPT", "DecisionTransformer")  # linear layers of Conv1D
+# Two-dimensional weights of these names are embeddings: a table of rows, which PEFT adapts in another form.
+_EMBEDDING = re.compile(
+    r"(^|_)(embed|embedding|embeddings|embed_(tokens|positions|in))$|^(wte|wpe|shared)$|attention_bias$"
+)
+_ROUNDING = 3e-7  # singular values below this share of the largest are rounding of float32
 
 
 def extract(
@@ -40,12 +46,13 @@ def extract(
     """An ordinary LoRA adapter that is nearest to ``tuned - base``, lazily, one weight at a time.
 
     Every linear and convolutional weight in a numbered layer that differs becomes a module, or those that ``modules``
-    names. The difference is taken in float32 (float64 where that is stored) and cut by SVD.
+    names (embeddings too). The difference is taken in float32 (float64 where that is stored) and cut by SVD. Where one
+    model is stored in fewer bits, what differs by that rounding alone counts as equal.
 
     Args:
         tuned: folder of the fine-tuned model.
         base: folder of the model that it was tuned from.
-        rank: of every module; 16 if neither this nor ``energy`` is given.
+        rank: of every module, or its smaller side where that is less; 16 if neither this nor ``energy`` is given.
         energy: or the least rank that keeps this share of the squared singular values of a module, in (0, 1].
         modules: ends of module paths, a list or a string with commas: q_proj,mlp.up_proj.
         rest: other parameters that differ (norms, biases, embeddings, heads): ``refuse``, ``ignore``, or ``keep`` them
@@ -58,6 +65,8 @@ def extract(
     Raises:
         AdapterMismatch: parameters of one model that the other does not have or has in another size, or a difference
             that is not a module while ``rest`` is ``refuse``.
+        UnsupportedKind: a parameter to keep that PEFT cannot hold: an embedding that is the output head too, one that
+            Transformers makes of several, or one that is in no layer of its own.
         ValueError: rank and energy both, or out of range; nothing differs; a weight is not finite (when read).
         UnknownName: a module that is not there; ``rest`` is none of the three.
 
@@ -79,9 +88,7 @@ def extract(
         raise UnknownName("rest", rest, ["refuse", "ignore", "keep"])
     new, old = Checkpoint(tuned), Checkpoint(base)
     _check_pair(new, old)
-    turned = any(str(name).startswith(_TURNED) for name in old.config.get("architectures") or ())
     keys, others = _changed(new, old, modules)
-    names = list(keys)
     if others and rest == "refuse":
         raise AdapterMismatch(
             f"{len(others)} parameters differ that no module holds ({', '.join(others[:3])}"
@@ -91,39 +98,100 @@ def extract(
     wanted = None if energy is not None else rank or 16
 
     def read(name: str) -> Factors:
-        factors, error = _factors(_difference(new, old, keys[name]), turned, wanted, energy)
+        difference = _difference(new, old, keys[name])
+        factors, error = _factors(difference, _is_turned(old, name), wanted, energy)
         note(record, name, error, factors)
-        return factors
+        return replace(factors, embedding=_is_embedding(name))
 
     def shape(name: str) -> Shape:
-        out, in_ = _matrix_size(old.shape(keys[name]), turned)
-        return Shape(out, in_, wanted) if wanted is not None else cached(name)
+        sizes = old.shape(keys[name])
+        out, in_ = sizes[0], torch.Size(sizes[1:]).numel()
+        out, in_ = (in_, out) if _is_turned(old, name) else (out, in_)
+        return Shape(out, in_, min(wanted, out, in_)) if wanted is not None else cached(name)
 
     cached = cache(lambda name: read(name).shape)
-    extras = {path: new[path] for path in others} if rest == "keep" else {}
-    provenance = {
-        "operation": "extract",
-        "arguments": {
-            "rank": wanted,
-            "energy": energy,
-            "tuned": new.folder.name,
-            "base": old.folder.name,
-            "rest": rest,
-        },
-        "inputs": [],
-        "record": record,
-    }
-    config = _config(old, names, list(extras), wanted, turned)
-    return Adapter(config, Modules(names, read, shape), extras, provenance)
+    extras = _Whole(new, _kept(old, others, list(keys)) if rest == "keep" else {})
+    arguments = {"rank": wanted, "energy": energy, "tuned": new.folder.name, "base": old.folder.name, "rest": rest}
+    provenance = {"operation": "extract", "arguments": arguments, "inputs": [], "record": record}
+    return Adapter(_config(old, list(keys), list(extras), wanted), Modules(list(keys), read, shape), extras, provenance)
+
+
+class _Whole(Mapping[str, Tensor]):
+    """Parameters of a checkpoint by their names in the model, read when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, keys: Mapping[str, str]) -> None:
+        self._checkpoint, self._keys = checkpoint, keys
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._checkpoint[self._keys[path]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _kept(old: Checkpoint, others: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Keys of the parameters that are kept whole, by their names in the model.
+
+    PEFT holds a bias of an adapted layer by itself, anything else with all of the module that it lies in.
+    """
+    live = {key: old.live_name(key) for key in old}
+    kept: dict[str, str] = {}
+    for key in others:
+        path = live[key]
+        home = "" if path is None else path.rpartition(".")[0]
+        if path is not None and path == f"{home}.bias" and home in names:
+            kept[path] = key
+            continue
+        inside = {
+            name: each for each, name in live.items() if home and name is not None and name.startswith(f"{home}.")
+        }
+        if path is None:
+            why = "the model makes one parameter of several"
+        elif any(old.tied(each) for each in inside.values()):
+            why = "it is the output head too (tied weights)"
+        elif not home or any(f"{name}.".startswith(f"{home}.") for name in names):
+            why = f"it is not in a layer of its own, but in {home or 'the model'}"
+        else:
+            kept |= inside
+            continue
+        raise UnsupportedKind(f"{key} cannot be kept: {why}; rest='ignore' leaves it out")
+    return kept
+
+
+def _is_embedding(name: str) -> bool:
+    return _EMBEDDING.search(name.rpartition(".")[2]) is not None
+
+
+def _is_turned(old: Checkpoint, name: str) -> bool:
+    return _is_embedding(name) or is_conv1d(old.config, name)
 
 
 def _check_pair(new: Checkpoint, old: Checkpoint) -> None:
     for key in dict.fromkeys([*new, *old]):
         if key not in new or key not in old:
-            where = new.folder if key not in new else old.folder
-            raise AdapterMismatch(f"{key} is not in {where}; both models must have the same parameters")
+            there, lacks = (old, new) if key not in new else (new, old)
+            if _is_copy(there, key):
+                continue
+            raise AdapterMismatch(f"{key} is not in {lacks.folder}; both models must have the same parameters")
         if new.shape(key) != old.shape(key):
             raise AdapterMismatch(f"{key} is {new.shape(key)} in {new.folder}, {old.shape(key)} in {old.folder}")
+
+
+def _is_copy(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether a parameter is the embedding, stored once more as the output head."""
+    same = [other for other in checkpoint if other != key and checkpoint.shape(other) == checkpoint.shape(key)]
+    return any(checkpoint.tied(other) and torch.equal(checkpoint[other], checkpoint[key]) for other in same)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal, in the type of fewer bits."""
+    if left.dtype != right.dtype and left.is_floating_point() and right.is_floating_point():
+        narrow = max(left.dtype, right.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        left, right = left.to(narrow), right.to(narrow)
+    return torch.equal(left, right)
 
 
 def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | None) -> tuple[dict[str, str], list[str]]:
@@ -131,6 +199,7 @@ def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | No
     ends = [end.strip() for end in modules.split(",")] if isinstance(modules, str) else modules
     layered = [key for key in old if key.endswith(".weight") and len(old.shape(key)) >= 2]
     if ends is None:
+        layered = [key for key in layered if not _is_embedding(key.removesuffix(".weight"))]
         chosen = {key for key in layered if re.search(r"(^|\.)\d+\.", key)}
     else:
         chosen = set()
@@ -139,7 +208,7 @@ def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | No
             if not found:
                 raise UnknownName("module", end, sorted({key.split(".")[-2] for key in layered if "." in key}))
             chosen |= found
-    differs = [key for key in old if not torch.equal(new[key], old[key])]
+    differs = [key for key in old if key in new and not _same(new[key], old[key])]
     live = {key: old.live_name(key) for key in differs if key in chosen}
     names = {name.removesuffix(".weight"): key for key, name in live.items() if name is not None}
     if not names:
@@ -156,28 +225,28 @@ def _difference(new: Checkpoint, old: Checkpoint, key: str) -> Tensor:
     return difference
 
 
-def _matrix_size(shape: Sequence[int], turned: bool) -> tuple[int, int]:
-    out, in_ = shape[0], int(torch.Size(shape).numel() // shape[0])
-    return (in_, out) if turned and len(shape) == 2 else (out, in_)
-
-
 def _factors(difference: Tensor, turned: bool, rank: int | None, energy: float | None) -> tuple[Factors, float]:
+    """The difference cut to a rank or an energy, and the relative error of that."""
     kernel = tuple(difference.shape[1:]) if difference.ndim > 2 else None
-    matrix = difference.T if turned and difference.ndim == 2 else difference.flatten(1)
-    b, a, error = low_rank(matrix, rank or min(matrix.shape))
-    factors = Factors(B=b, A=a, kernel=kernel)
-    if energy is None:
-        return factors, error
-    squares = factors.singular_values().square().cumsum(0)
-    enough = int((squares < energy * squares[-1] * (1 - 1e-12)).sum()) + 1 if len(squares) else 1
-    return truncate(factors, enough)
+    matrix = as_matrix(difference, turned)
+    if rank is not None:
+        b, a, error = low_rank(matrix, min(rank, *matrix.shape))
+        return Factors(B=b, A=a, kernel=kernel), error
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    squares = s.double().square()
+    reached = squares.cumsum(0)
+    enough = int((reached < (energy or 1.0) * reached[-1] * (1 - 1e-12)).sum()) + 1
+    enough = max(1, min(enough, int((s > _ROUNDING * s[0]).sum())))
+    root = s[:enough].sqrt()
+    error = float((squares[enough:].sum() / reached[-1]).sqrt()) if float(reached[-1]) > 0 else 0.0
+    return Factors(B=u[:, :enough] * root, A=root[:, None] * vh[:enough], kernel=kernel), error
 
 
-def _config(
-    old: Checkpoint, names: Sequence[str], extras: Sequence[str], rank: int | None, turned: bool
-) -> dict[str, Any]:
+def _config(old: Checkpoint, names: Sequence[str], extras: Sequence[str], rank: int | None) -> dict[str, Any]:
     kinds = [str(name) for name in old.config.get("architectures") or ()]
     task = next((task for end, task in _TASKS.items() for kind in kinds if kind.endswith(end)), None)
+    if task == "SEQ_2_SEQ_LM" and not old.config.get("is_encoder_decoder"):
+        task = None  # a decoder that sees images, say
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(old.folder),
@@ -185,7 +254,7 @@ def _config(
         "r": rank or 16,
         "lora_alpha": rank or 16,
         "target_modules": list(names),
-        "fan_in_fan_out": turned,
+        "fan_in_fan_out": any(is_conv1d(old.config, name) for name in names),
         "inference_mode": True,
     }
     biases = [path for path in extras if path.endswith(".bias") and path.removesuffix(".bias") in names]

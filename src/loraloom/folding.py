@@ -6,25 +6,29 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, is_finite
-from loraloom.checkpoint import INDEX, Checkpoint, as_matrix, in_place_of
+from loraloom.checkpoint import INDEX, Checkpoint, as_matrix
 from loraloom.folders import refuse_taken, whole_folder, write_text
-from loraloom.ops.checks import check_linear, checked_weights
+from loraloom.ops.checks import Weights, check_linear, checked_weights
 from loraloom.ops.merge import effective
 from loraloom.registry import UnknownName
-from loraloom.safefile import DTYPES, Writer
-from loraloom.store import RECORD, hashing, written_as
+from loraloom.safefile import DTYPES, Writer, sha256
+from loraloom.store import CONFIG, RECORD, hashing, written_as
 from loraloom.stream import ahead
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHORT = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TIED = "{key} is input embedding and output head in one (tied weights), {path} only one of them; untie the base first"
+_BLOCK = 1 << 22  # entries of a weight that are worked on at once
+_KINDS = (".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml", "")
 
 
 def fold(
@@ -32,7 +36,7 @@ def fold(
     base: str | Path,
     out: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     dtype: str | None = None,
     extras: str = "refuse",
     overwrite: bool = False,
@@ -42,27 +46,32 @@ def fold(
 
     D is the effective update: the delta of LoRA, ``W * BA`` of HiRA, ``m (W + BA) / |W + BA| - W`` of DoRA; each is
     exact, and adapters of different kinds may be folded together. Sums are formed in float32 at least and rounded once
-    to the type in which the weight is stored. Parameters without an adapter, and all other files of the folder, are
-    copied.
+    to the type in which the weight is stored. Parameters without an adapter, and the files of configuration and
+    tokenizer, are copied.
+
+    An embedding that is also the output head (tied weights) is refused: the adapter changes it in one place only.
+    Whole weights of another vocabulary size are taken over if one adapter holds all that have that size.
 
     Args:
         adapters: at least one.
         base: folder of the base model (safetensors, one file or shards).
         out: the new folder.
-        weights: one per adapter; 1 each by default, which is what using them together does.
+        weights: one per adapter, or such a list for every module path; 1 each by default, which is what using them
+            together does.
         dtype: ``fp32``, ``bf16``, ``fp16`` or ``fp64``: convert all floating point parameters; by default each keeps
             its own.
         extras: trained biases and ``modules_to_save``, where several adapters hold some: ``refuse``, or ``average``:
-            ``W + sum_i w_i (E_i - W)`` over the adapters that hold them. Those of a single adapter replace W.
-        overwrite: replace a folder that this function wrote.
+            ``W + sum_i w_i (E_i - W)`` over the adapters that hold them. Those of a single adapter replace W, whatever
+            its weight.
+        overwrite: replace a folder that loraloom wrote.
         command: the command line, for the record.
 
     Returns:
-        The folder. Its ``loraloom.json`` tells what was folded, with hashes.
+        The folder. Its ``loraloom.json`` tells what was folded into what, with hashes.
 
     Raises:
         AdapterMismatch: a module or parameter that the base does not have, or has in another size.
-        UnsupportedKind: a quantised base or weight; DoRA on an embedding; a start that moves the base weights.
+        UnsupportedKind: a quantised base or weight, a tied embedding, a start that moves the base weights.
         FileExistsError: ``out`` is there.
         ValueError: weights that do not fit, or a result that is not finite (fp16 overflows at 65504).
 
@@ -81,110 +90,219 @@ def fold(
     target = Path(out).resolve()
     kind: Any = {"overwrite": overwrite, "mark": RECORD, "what": "a folder that loraloom wrote"}
     refuse_taken(target, **kind)
-    given = [float(weight) for weight in ([1.0] * len(adapters) if weights is None else weights)]
-    checked_weights(given, adapters)
+    given = checked_weights([1.0] * len(adapters) if weights is None else weights, adapters)
     if dtype is not None and dtype not in _SHORT:
         raise UnknownName("dtype", dtype, list(_SHORT))
     checkpoint = Checkpoint(base)
     plan = _planned(adapters, given, checkpoint, extras)
-    made = Adapter({}, {}, provenance=_provenance(adapters, given, checkpoint, dtype, extras))
-    with whole_folder(target, **kind) as work, hashing(*adapters) as hashes:
-        size = 0
-        for name in checkpoint.shards:
-            size += _write_shard(checkpoint, name, work, plan, _SHORT.get(dtype or ""))
-        _copy_rest(checkpoint, work, dtype, size)
-        record = written_as(made, command, hashes)
+    shards = checkpoint.shards
+    with whole_folder(target, **kind) as work, hashing(*adapters) as hashes, ThreadPoolExecutor(1) as pool:
+        hashed = {name: pool.submit(sha256, file.path) for name, file in shards.items()}
+        try:
+            written = {name: _write_shard(checkpoint, name, work, plan, _SHORT.get(dtype or "")) for name in shards}
+            _copy_rest(checkpoint, work, _settled(checkpoint, plan, dtype), sum(size for size, _ in written.values()))
+            read = {name: made.result() for name, made in hashed.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+        inputs = [dict(adapter.provenance) for adapter in adapters]
+        inputs.append({"name": checkpoint.folder.absolute().name, "sha256": read})
+        arguments = {"weights": given, "dtype": dtype, "extras": extras}
+        made = {"operation": "fold", "arguments": arguments, "inputs": inputs}
+        record = written_as(Adapter({}, {}, provenance=made), command, hashes)
+        record["sha256"] = {name: digest for name, (_, digest) in written.items()}
         write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
     return target
+
+
+class _Source(NamedTuple):
+    """One adapter's part in a parameter: the module, or the path of a whole tensor."""
+
+    at: int  # which adapter
+    weight: float
+    adapter: Adapter
+    name: str
 
 
 @dataclass
 class _Change:
     """What becomes of one parameter."""
 
-    updates: list[tuple[float, Adapter, str, str]] = field(default_factory=list)  # weight, adapter, module, part
-    replaced: list[tuple[float, Adapter, str]] = field(default_factory=list)  # weight, adapter, path of the extra
+    shape: tuple[int, ...]
+    turned: bool = False
+    average: bool = False
+    part: str = "weight"
+    updates: list[_Source] = field(default_factory=list)
+    replaced: list[_Source] = field(default_factory=list)
 
 
-def _planned(
-    adapters: Sequence[Adapter], weights: Sequence[float], checkpoint: Checkpoint, extras: str
-) -> dict[str, _Change]:
-    """The change of every parameter that changes; all that can be wrong is found here."""
+# --- what changes -----------------------------------------------------------------------------------------------------
+def _planned(adapters: Sequence[Adapter], weights: Weights, checkpoint: Checkpoint, extras: str) -> dict[str, _Change]:
+    """The change of every parameter that changes; all that can be wrong is found here, but for numbers."""
     if extras not in ("refuse", "average"):
         raise UnknownName("extras", extras, ["refuse", "average"])
     holders = sum(bool(adapter.extras) for adapter in adapters)
     if holders > 1 and extras == "refuse":
         raise AdapterMismatch(f"{holders} adapters hold whole tensors; extras='average' averages them")
+    if holders > 1 and isinstance(weights, dict):
+        raise ValueError("weights that differ by module do not say how to average whole tensors of several adapters")
     plan: dict[str, _Change] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter.kind != "dora":
-            check_linear(adapter, "fold")
-        for name in adapter.modules:
-            parts = ["weight", *(["bias"] if adapter.config.get("lora_bias") else [])]
-            for part in parts:
-                key = checkpoint.parameter(f"{name}.{part}")
-                if checkpoint.stored(key) not in _FLOATS:
-                    raise UnsupportedKind(
-                        f"{key} is stored as {checkpoint.stored(key)}, which cannot be added to exactly"
-                    )
-                plan.setdefault(key, _Change()).updates.append((weight, adapter, name, part))
-            _check_size(checkpoint, checkpoint.parameter(f"{name}.weight"), adapter, name)
+    for at, adapter in enumerate(adapters):
         for path in adapter.extras:
-            key = checkpoint.parameter(path)
-            plan.setdefault(key, _Change()).replaced.append((weight if holders > 1 else 1.0, adapter, path))
+            weight = 1.0 if isinstance(weights, dict) else weights[at]
+            _plan_extra(plan, checkpoint, _Source(at, weight, adapter, path), holders > 1)
+    _check_vocabulary(plan, checkpoint)
+    for at, adapter in enumerate(adapters):
+        check_linear(replace(adapter, config={**adapter.config, "use_dora": False}), "fold")  # DoRA is, on its base
+        for name in adapter.modules:
+            weight = (weights[name] if isinstance(weights, dict) else weights)[at]
+            _plan_module(plan, checkpoint, _Source(at, weight, adapter, name))
     return plan
 
 
-def _check_size(checkpoint: Checkpoint, key: str, adapter: Adapter, name: str) -> None:
-    shape, (out, in_, _) = checkpoint.shape(key), adapter.shape(name)
-    if sorted([shape[0], torch.Size(shape).numel() // shape[0]]) != sorted([out, in_]):
-        raise AdapterMismatch(f"{key} is {shape}, the update of {name} is {out} x {in_}")
+def _plan_extra(plan: dict[str, _Change], checkpoint: Checkpoint, source: _Source, average: bool) -> None:
+    """Enter a whole tensor; one that the base has already (PEFT stores frozen embeddings too) changes nothing."""
+    _, _, adapter, path = source
+    held = adapter.extras[path]
+    try:
+        key = checkpoint.parameter(path)
+    except AdapterMismatch:
+        # The head of tied weights is not in the base. PEFT may store it all the same, equal to the embedding.
+        if _twin(adapter, path, held):
+            return
+        raise
+    if checkpoint.shape(key) == tuple(held.shape) and _same(checkpoint[key], held):
+        return
+    if checkpoint.tied(key) and not _twin(adapter, path, held):
+        raise UnsupportedKind(_TIED.format(key=key, path=path))
+    if average and (not held.is_floating_point() or checkpoint.shape(key) != tuple(held.shape)):
+        raise AdapterMismatch(
+            f"{key} is {checkpoint.shape(key)} in the base, {tuple(held.shape)} {held.dtype} in an adapter:"
+            " that has no average"
+        )
+    change = plan.setdefault(key, _Change(tuple(held.shape), average=average))
+    _check_once(change.replaced, source, key)
+    change.replaced.append(source)
 
 
-def _changed(weight: Tensor, key: str, change: _Change) -> Tensor:
-    """One parameter with its change, in float32 at least."""
-    working = torch.promote_types(weight.dtype, torch.float32)
-    start = weight.to(working)
-    total = start.clone()
-    for by, adapter, path in change.replaced:
-        held = adapter.extras[path].to(working)
-        if held.shape != start.shape:
-            raise AdapterMismatch(f"{key} is {tuple(start.shape)} in the base, {tuple(held.shape)} in the adapter")
-        total += by * (held - start)
-    for by, adapter, name, part in change.updates:
-        factors = adapter.modules[name]
-        if part == "bias":
-            bias = factors.bias if factors.bias is not None else torch.zeros(factors.shape.out)
-            total += by * factors.scale * bias.to(working)
-            continue
-        turned = bool(adapter.config.get("fan_in_fan_out"))
-        total += by * in_place_of(start, _update(start, adapter, name, factors, turned), factors, turned)
-    return total
+def _check_once(sources: Sequence[_Source], source: _Source, key: str) -> None:
+    for other in sources:
+        if other.at == source.at:
+            raise AdapterMismatch(f"{source.name} and {other.name} of one adapter are both {key}")
 
 
-def _update(start: Tensor, adapter: Adapter, name: str, factors: Factors, turned: bool) -> Tensor:
-    """The effective update of one module, out x in."""
-    matrix = as_matrix(start, factors, turned, name)
-    if adapter.kind == "lora":
-        return factors.scale * (factors.B.to(start.dtype) @ factors.A.to(start.dtype))
-    if adapter.kind == "dora" and factors.embedding:
-        raise UnsupportedKind(f"{name}: DoRA on an embedding has no out x in form")
-    return effective(matrix, adapter.kind, replace(factors, B=factors.B.to(start.dtype), A=factors.A.to(start.dtype)))
+def _twin(adapter: Adapter, path: str, held: Tensor) -> bool:
+    """Whether the adapter holds this tensor under another name too."""
+    return any(other != path and _same(adapter.extras[other], held) for other in adapter.extras)
 
 
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+def _check_vocabulary(plan: Mapping[str, _Change], checkpoint: Checkpoint) -> None:
+    """Tensors of another size than in the base: only the first one may differ, in all that have the old size."""
+    resized = {key: change.shape for key, change in plan.items() if change.shape != checkpoint.shape(key)}
+    if not resized:
+        return
+    first = next(iter(resized))
+    old = checkpoint.shape(first)[:1]
+    for key, shape in resized.items():
+        there = checkpoint.shape(key)
+        if there[1:] != shape[1:] or there[:1] != old or shape[:1] != resized[first][:1] or not old:
+            raise AdapterMismatch(f"{key} is {there} in the base, {shape} in the adapter")
+    rest = [key for key in checkpoint if checkpoint.shape(key)[:1] == old and key not in resized]
+    if rest or old[0] != _vocabulary(checkpoint.config):
+        why = f"{rest[0]} keeps {old[0]} rows" if rest else f"{old[0]} is not the size of the vocabulary"
+        raise AdapterMismatch(
+            f"{first} is {checkpoint.shape(first)} in the base, {resized[first]} in the adapter; {why}"
+        )
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    held = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return held if isinstance(held, int) else None
+
+
+def _plan_module(plan: dict[str, _Change], checkpoint: Checkpoint, source: _Source) -> None:
+    at, _, adapter, name = source
+    for part in ["weight", *(["bias"] if adapter.config.get("lora_bias") else [])]:
+        key = checkpoint.parameter(f"{name}.{part}")
+        if checkpoint.stored(key) not in _FLOATS:
+            raise UnsupportedKind(f"{key} is stored as {checkpoint.stored(key)}, which cannot be added to exactly")
+        change = plan.setdefault(key, _Change(checkpoint.shape(key)))
+        change.part = part
+        _check_once(change.updates, source, key)
+        if part == "bias" and change.shape != (adapter.shape(name).out,):
+            raise AdapterMismatch(f"{key} is {change.shape}, the update of {name} has {adapter.shape(name).out} rows")
+        if part == "weight":
+            if checkpoint.tied(key):
+                raise UnsupportedKind(_TIED.format(key=key, path=name))
+            turned = checkpoint.turned(key, adapter, name, change.shape)
+            if change.updates and turned != change.turned:
+                raise AdapterMismatch(f"{key} is stored in x out for one adapter, out x in for another")
+            change.turned = turned
+            alone = not change.average and all(other.at == at for other in change.replaced)
+            if adapter.kind != "lora" and not alone:
+                raise UnsupportedKind(f"{key}: an update of {adapter.kind} depends on a weight that adapters replace")
+        change.updates.append(source)
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+def _changed(weight: Tensor, change: _Change, wanted: torch.dtype) -> Tensor:
+    """One parameter with its change: formed in float32 at least, a block of rows at a time, and rounded once."""
+    working = torch.promote_types(torch.promote_types(weight.dtype, wanted), torch.float32)
+    start = weight
+    if change.average:
+        start = weight.to(working)
+        for _, by, adapter, path in change.replaced:
+            start = start + by * (adapter.extras[path].to(working) - weight.to(working))
+    elif change.replaced:
+        start = change.replaced[0].adapter.extras[change.replaced[0].name]
+    if not change.updates:
+        return start.to(wanted)
+    result = torch.empty(change.shape, dtype=wanted)
+    parts = [(by, adapter.kind, _prepared(adapter.modules[name], working)) for _, by, adapter, name in change.updates]
+    if change.part == "bias":
+        total = start.to(working)
+        for by, _, factors in parts:
+            if factors.bias is not None:
+                total = total + by * factors.scale * factors.bias.to(working)
+        return total.to(wanted)
+    source, into = as_matrix(start, change.turned), as_matrix(result, change.turned)
+    step = max(1, _BLOCK // source.shape[1])
+    for at in range(0, source.shape[0], step):
+        rows = slice(at, at + step)
+        block = source[rows].to(working, copy=True)
+        total = block if all(kind == "lora" for _, kind, _ in parts) else block.clone()
+        for by, kind, factors in parts:
+            if kind == "lora":
+                total.addmm_(factors.B[rows], factors.A, alpha=by * factors.scale)
+            else:
+                magnitude = None if factors.magnitude is None else factors.magnitude[rows]
+                piece = replace(factors, B=factors.B[rows], magnitude=magnitude)
+                total.add_(effective(block, kind, piece), alpha=by)
+        into[rows] = total.to(wanted)
+    return result
+
+
+def _prepared(factors: Factors, working: torch.dtype) -> Factors:
+    return replace(factors, B=factors.B.to(working), A=factors.A.to(working))
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
 def _write_shard(
     checkpoint: Checkpoint, shard: str, work: Path, plan: Mapping[str, _Change], dtype: torch.dtype | None
-) -> int:
-    """Write one shard; its bytes."""
+) -> tuple[int, str]:
+    """Write one shard; the bytes of its tensors, and its sha256."""
     file = checkpoint.shards[shard]
 
     def made(key: str) -> Tensor:
         weight = file.read(key)
         wanted = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
-        if key not in plan:
-            return weight.to(wanted)
-        result = _changed(weight, key, plan[key]).to(wanted)
-        if not is_finite(result):
+        if key not in plan and wanted == weight.dtype:
+            return weight
+        result = _changed(weight, plan[key], wanted) if key in plan else weight.to(wanted)
+        if not is_finite(result) and (key in plan or is_finite(weight)):
             raise ValueError(f"{key}: the result is not finite as {DTYPES[wanted]}; another dtype may hold it")
         return result
 
@@ -194,31 +312,39 @@ def _write_shard(
         for key, tensor in ahead(made, file.shapes):
             writer.add(key, tensor)
             size += tensor.numel() * tensor.element_size()
-        writer.finish(file.metadata)
-    return size
+        return size, writer.finish({"format": "pt"} | file.metadata)
 
 
-def _copy_rest(checkpoint: Checkpoint, work: Path, dtype: str | None, size: int) -> None:
-    """Configuration, tokenizer and what else lies there; not weights in other forms, nor code that runs."""
+def _settled(checkpoint: Checkpoint, plan: Mapping[str, _Change], dtype: str | None) -> dict[str, Any]:
+    """The configuration, with the type and the size of the vocabulary that the weights now have."""
+    config: dict[str, Any] = json.loads(json.dumps(checkpoint.config))
+    sizes = [change.shape[0] for key, change in plan.items() if change.shape != checkpoint.shape(key)]
+    if sizes:
+        (config if "vocab_size" in config else config["text_config"])["vocab_size"] = sizes[0]
+    if dtype is not None:
+        name = str(_SHORT[dtype]).removeprefix("torch.")
+        said = False
+        for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+            for key in ("torch_dtype", "dtype"):
+                if isinstance(part.get(key), str):
+                    part[key], said = name, True
+        if not said:
+            config["dtype"] = name
+    return config
+
+
+def _copy_rest(checkpoint: Checkpoint, work: Path, config: Mapping[str, Any], size: int) -> None:
+    """Configuration, tokenizer and what else lies there; not weights in other forms, adapters, nor code that runs."""
     for item in sorted(checkpoint.folder.iterdir()):
-        known = item.suffix in (".json", ".txt", ".model", ".jinja", ".md", ".jsonl")
-        if not item.is_file() or not known or item.name in (RECORD, INDEX):
+        if not item.is_file() or item.suffix not in _KINDS or item.name.startswith("."):
             continue
-        if item.name == "config.json" and dtype is not None:
-            name = str(_SHORT[dtype]).removeprefix("torch.")
-            there = {key: name for key in ("torch_dtype", "dtype") if key in checkpoint.config} or {"dtype": name}
-            write_text(work / item.name, json.dumps({**checkpoint.config, **there}, indent=2) + "\n")
+        if item.name in (RECORD, CONFIG) or item.name.endswith(".index.json"):
+            continue
+        if item.name == "config.json" and config != checkpoint.config:
+            write_text(work / item.name, json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(item, work / item.name)
     if (checkpoint.folder / INDEX).is_file():
         index = json.loads((checkpoint.folder / INDEX).read_text(encoding="utf-8"))
-        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
         write_text(work / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def _provenance(
-    adapters: Sequence[Adapter], weights: list[float], checkpoint: Checkpoint, dtype: str | None, extras: str
-) -> dict[str, Any]:
-    arguments = {"base": checkpoint.folder.name, "weights": weights, "dtype": dtype, "extras": extras}
-    inputs = [dict(adapter.provenance) for adapter in adapters]
-    return {"operation": "fold", "arguments": arguments, "inputs": inputs}

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, UnsupportedKind, padded
+from loraloom.folders import refuse_taken, whole_folder
 from loraloom.registry import UnknownName
-from loraloom.store import load, save
+from loraloom.store import CONFIG, load, save
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_FIELDS = (
     *("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "r", "lora_alpha", "target_modules"),
     *("bias", "modules_to_save", "use_rslora", "use_dora"),
 )
+# Layers whose frozen weight PEFT stores beside their factors; vLLM skips those copies.
+_VLLM_COPIED = ("embed_tokens", "lm_head")
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,18 +42,25 @@ def export(
     (zero rows and columns fill up: the update is the same) with alpha equal to it. What it refuses is refused here,
     with what to do instead.
 
+    ``peft``: the same adapter, of any kind, for readers that know ``r`` and ``lora_alpha`` alone: every scale is
+    multiplied into B and alpha is the rank.
+
+    The folder appears only after it was read back and found to hold the same updates, to rounding.
+
     Args:
-        adapter: LoRA.
+        adapter: LoRA for ``vllm``, any for ``peft``.
         out: the new folder.
-        target: ``vllm``.
+        target: ``vllm`` or ``peft``.
         max_rank: refuse a larger rank (vLLM's ``--max-lora-rank``).
         dtype: ``fp32``, ``fp16`` or ``bf16``; by default as it is.
         overwrite: replace an adapter folder that is there.
         command: the command line, for the record.
 
     Raises:
-        UnsupportedKind: DoRA, HiRA, a bias of B, trained biases, ``modules_to_save``, embeddings or convolutions.
-        AdapterMismatch: what was read back is another update (nothing is left behind then).
+        UnsupportedKind: for ``vllm``, DoRA, HiRA, a bias of B, trained biases, ``modules_to_save``, convolutions, or
+            embeddings other than ``embed_tokens``.
+        AdapterMismatch: what was read back is another update, as when fp16 makes small entries zero.
+        FileExistsError: ``out`` is there.
         UnknownName, ValueError: no such target or dtype; a rank above ``max_rank`` or any that vLLM allows.
 
     Example:
@@ -66,23 +76,26 @@ def export(
         raise UnknownName("target", target, list(TARGETS))
     if dtype is not None and dtype not in _SHORT:
         raise UnknownName("dtype", dtype, list(_SHORT))
+    folder = Path(out).resolve()
+    kind: Any = {"overwrite": overwrite, "mark": CONFIG, "what": "an adapter folder"}
+    refuse_taken(folder, **kind)
     ready = TARGETS[target](adapter, max_rank, None if dtype is None else _SHORT[dtype])
-    existed = Path(out).exists()
-    path = save(ready, out, overwrite=overwrite, command=command)
-    try:
-        _verify(adapter, load(path), _VLLM_FIELDS)
-    except AdapterMismatch:
-        if not existed:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-    return path
+    with whole_folder(folder, **kind) as work:
+        made = save(ready, work / folder.name, command=command)
+        _verify(adapter, load(made), target)
+        for item in made.iterdir():
+            item.rename(work / item.name)
+        made.rmdir()
+    return folder
 
 
 def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None) -> Adapter:
     if adapter.kind != "lora":
         raise UnsupportedKind(f"vLLM loads no {adapter.kind} adapters; fold it into the base model (loraloom fold)")
-    if adapter.extras or adapter.config.get("lora_bias"):
-        what = next(iter(adapter.extras), "lora_bias")
+    copied = [f"{name}.weight" for name in adapter.modules if name.rpartition(".")[2] in _VLLM_COPIED]
+    whole = [path for path in adapter.extras if path not in copied]
+    if whole or adapter.config.get("lora_bias"):
+        what = next(iter(whole), "lora_bias")
         raise UnsupportedKind(f"vLLM loads no trained biases or whole modules ({what}); fold them in (loraloom fold)")
     start = str(adapter.config.get("init_lora_weights", "")).lower()
     if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
@@ -97,12 +110,11 @@ def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
 
     def read(name: str) -> Factors:
         factors = adapter.modules[name]
-        if factors.kernel is not None or factors.embedding:
-            raise UnsupportedKind(f"{name}: vLLM's loader takes linear layers only; fold it in (loraloom fold)")
-        factors = factors.baked()
-        stored = dtype or factors.dtype
-        b, a = padded(factors.B, rank), padded(factors.A.T, rank).T
-        return replace(factors, B=b.to(stored), A=a.to(stored))
+        if factors.kernel is not None or (factors.embedding and name.rpartition(".")[2] != "embed_tokens"):
+            raise UnsupportedKind(
+                f"{name}: vLLM's loader takes linear layers only, and embed_tokens; fold it in (loraloom fold)"
+            )
+        return _stored(replace(factors, B=padded(factors.B, rank), A=padded(factors.A.T, rank).T), dtype)
 
     config = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "task_type")}
     config |= {
@@ -119,23 +131,56 @@ def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
     return Adapter(config, modules, {}, provenance)
 
 
-TARGETS: Mapping[str, Callable[[Adapter, int | None, torch.dtype | None], Adapter]] = {"vllm": _for_vllm}
+def _for_peft(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None) -> Adapter:
+    most = max((adapter.shape(name).rank for name in adapter.modules), default=0)
+    if max_rank is not None and most > max_rank:
+        raise ValueError(f"rank {most} is above {max_rank}; compress it first")
+    modules = Modules(tuple(adapter.modules), lambda name: _stored(adapter.modules[name], dtype), adapter.shape)
+    arguments = {"target": "peft", "max_rank": max_rank, "dtype": str(dtype) if dtype else None}
+    provenance = {"operation": "export", "arguments": arguments, "inputs": [dict(adapter.provenance)]}
+    return replace(adapter, modules=modules, provenance=provenance)
 
 
-def _verify(asked: Adapter, got: Adapter, fields: tuple[str, ...]) -> None:
-    """Every update as asked for, to rounding, and no field beyond those that the loader knows."""
-    strange: list[Any] = [key for key in got.config if key not in fields and got.config[key]]
+def _stored(factors: Factors, dtype: torch.dtype | None) -> Factors:
+    """The factors with the scale in B, in a type; the product is formed in float32 at least and rounded once."""
+    wanted = dtype or factors.dtype
+    working = torch.promote_types(factors.dtype, torch.float32)
+    scaled = factors.scale * factors.B.to(working)
+    bias = None if factors.bias is None else (factors.scale * factors.bias.to(working)).to(wanted)
+    return replace(factors, B=scaled.to(wanted), A=factors.A.to(wanted), bias=bias, scale=1.0)
+
+
+TARGETS: Mapping[str, Callable[[Adapter, int | None, torch.dtype | None], Adapter]] = {
+    "vllm": _for_vllm,
+    "peft": _for_peft,
+}
+
+
+def _verify(asked: Adapter, got: Adapter, target: str) -> None:
+    """Every update as asked for, to rounding, and for vLLM no field beyond those that its loader knows."""
+    config = got.config
+    strange = [key for key in config if key not in _VLLM_FIELDS and config[key]] if target == "vllm" else []
     if strange:
         raise AdapterMismatch(f"the exported configuration has {strange[0]}, which the loader does not know")
     if list(got.modules) != list(asked.modules):
         raise AdapterMismatch("the exported adapter has other modules than the one that was given")
     for name in asked.modules:
         left, right = asked.modules[name], got.modules[name]
-        wide = (
-            replace(left, B=left.B.double(), A=left.A.double()),
-            replace(right, B=right.B.double(), A=right.A.double()),
+        if target == "vllm" and not (right.rank == config["r"] == config["lora_alpha"]):
+            raise AdapterMismatch(f"{name}: exported at rank {right.rank}, the configuration says {config['r']}")
+        scale = left.scale / right.scale
+        parts = [(scale * left.B.double(), right.B), (left.A.double().T, right.A.T)]
+        if left.bias is not None and right.bias is not None:
+            parts.append((scale * left.bias.double()[:, None], right.bias[:, None]))
+        for whole, held in parts:
+            _check_part(name, whole, held)
+
+
+def _check_part(name: str, asked: Tensor, held: Tensor) -> None:
+    """One factor: its columns as asked for, to rounding, and nothing in those that fill up."""
+    apart = float((held.double() - padded(asked, held.shape[1])).norm())
+    size = float(asked.norm())
+    if apart > 2 * torch.finfo(held.dtype).eps * size:
+        raise AdapterMismatch(
+            f"{name}: the exported factors differ by {apart / max(size, 1e-30):.2g} of their norm; try fp32 or bf16"
         )
-        apart = max(wide[0].inner(wide[0]) - 2 * wide[0].inner(wide[1]) + wide[1].inner(wide[1]), 0.0) ** 0.5
-        size = left.norm()
-        if apart > max(4 * torch.finfo(right.dtype).eps, 1e-6) * size:
-            raise AdapterMismatch(f"{name}: the exported update differs by {apart / size:.2g} of its norm")

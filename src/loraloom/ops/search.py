@@ -175,9 +175,8 @@ def _candidates(
             raise ValueError("the search needs nevergrad: pip install 'loraloom[search]'") from None
         place = ng.p.Array(init=np.array(starts[0])).set_bounds(low, high)
         place.random_state = np.random.RandomState(seed)
-        # CMA-ES needs two dimensions. NGOpt would choose among others too, some of which run in threads and can hang.
-        kind = ng.optimizers.CMA if len(starts[0]) > 1 else ng.optimizers.OnePlusOne
-        optimizer = kind(parametrization=place, budget=budget, num_workers=1)
+        # Not NGOpt, as LoraHub: some of what it chooses among runs in threads that can wait for each other for ever.
+        optimizer = ng.optimizers.CMA(parametrization=place, budget=budget, num_workers=1)
     for at in range(budget):
         with _undisturbed():
             if at < len(starts):
