@@ -115,9 +115,8 @@ class Factors:
 
     def svd(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
         """Thin SVD, ``delta = U @ diag(S) @ Vh``, in float64; k is the numerical rank of delta (see :func:`basis`)."""
-        b, a = basis(self.B), basis(self.A.T)
-        u, s, vh = torch.linalg.svd(self.scale * (b.root @ a.root.T), full_matrices=False)
-        return self.B.double() @ (b.map @ u), s, (vh @ a.map.T) @ self.A.double()
+        found = spectrum(self)
+        return self.B.double() @ found.left, found.values, found.right.T @ self.A.double()
 
     def scaled(self, weight: float) -> Factors:
         """The factors of ``weight * delta``; B and A are shared, only ``scale`` differs."""
@@ -181,16 +180,47 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    left, right = basis(factors.B), basis(factors.A.T)
-    u, s, vh = torch.linalg.svd(factors.scale * (left.root @ right.root.T), full_matrices=False)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    working = torch.promote_types(factors.dtype, torch.float32)
-    b = factors.B.to(working) @ (left.map @ (u[:, :kept] * root)).to(working)
-    a = (root[:, None] * vh[:kept] @ right.map.T).to(working) @ factors.A.to(working)
-    total, tail = float(s.norm()), float(s[kept:].norm())
-    cut = replace(factors.baked(), B=padded(b, rank).to(factors.dtype), A=padded(a.T, rank).T.to(factors.dtype))
-    return cut, (tail / total if total > 0 else 0.0)
+    return spectrum(factors).cut(rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The singular values of a delta, and the way to the best approximation of any rank.
+
+    Attributes:
+        factors: whose they are.
+        values: falling, in float64, as many as the numerical rank.
+        left: r x k; ``B @ left`` are the left singular vectors.
+        right: r x k; ``A^T @ right`` are the right ones.
+    """
+
+    factors: Factors
+    values: Tensor
+    left: Tensor
+    right: Tensor
+
+    def cut(self, rank: int) -> tuple[Factors, float]:
+        """What :func:`truncate` gives."""
+        factors, s = self.factors, self.values
+        root = s[:rank].sqrt()
+        working = torch.promote_types(factors.dtype, torch.float32)
+        b = factors.B.to(working) @ (self.left[:, :rank] * root).to(working)
+        a = (self.right[:, :rank] * root).T.to(working) @ factors.A.to(working)
+        total, tail = float(s.norm()), float(s[rank:].norm())
+        cut = replace(factors.baked(), B=padded(b, rank).to(factors.dtype), A=padded(a.T, rank).T.to(factors.dtype))
+        return cut, (tail / total if total > 0 else 0.0)
+
+
+def spectrum(factors: Factors) -> Spectrum:
+    """Singular values and vectors of delta, from small matrices alone (see :func:`basis`).
+
+    Example:
+        >>> spectrum(Factors(B=torch.eye(2), A=torch.diag(torch.tensor([3.0, 4.0])))).values.round(decimals=3)
+        tensor([4., 3.], dtype=torch.float64)
+    """
+    b, a = basis(factors.B), basis(factors.A.T)
+    u, s, vh = torch.linalg.svd(factors.scale * (b.root @ a.root.T), full_matrices=False)
+    return Spectrum(factors, s, b.map @ u, a.map @ vh.T)
 
 
 def is_finite(tensor: Tensor) -> bool:

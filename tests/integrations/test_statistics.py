@@ -13,7 +13,7 @@ from integrations.test_scoring import VOCAB, Letters, text_task
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.integrations.peft import attached
 from loraloom.integrations.scoring import Bench, bench
-from loraloom.integrations.statistics import _rows, bench_for, measure
+from loraloom.integrations.statistics import _rows, _Sums, bench_for, measure
 from loraloom.measured import Statistics
 from loraloom.ops.merge import merge
 from loraloom.registry import UnknownName
@@ -127,12 +127,25 @@ def test_rows_of_a_convolution_are_what_its_weight_multiplies(kind, options):
     torch.testing.assert_close(_rows(x, layer) @ layer.weight.flatten(1).T, expected)
 
 
+def test_rows_that_are_no_tokens_all_count():
+    """Pooled features may have as many entries as there are tokens."""
+    sums, x = _Sums(), torch.randn(3, 4)
+    sums.mask = torch.tensor([[1, 1, 1, 0]] * 3)
+    sums.see("pooled", nn.Linear(4, 2), (x,), {})
+    sums.see("pooled", nn.Linear(4, 2), (), {"input": x})
+    torch.testing.assert_close(sums.sums["pooled"], 2 * x.T @ x)
+    assert sums.rows == {"pooled": 6}
+
+
 def test_a_module_that_the_task_does_not_reach():
     made = causal()
     made.model.add_module("unused", nn.Linear(4, 3))
+    made.model.add_module("words", nn.Embedding(5, 3))
     adapter = adapter_on(made.model, [Q, "unused"])
-    found = measure(adapter, made, limit=2)
+    words = Factors(torch.ones(3, 2), torch.ones(2, 5), embedding=True)
+    found = measure(replace(adapter, modules={**adapter.modules, "words": words}), made, limit=2)
     assert torch.equal(found["unused"], torch.zeros(4, 4)) and found[Q].any()
+    assert torch.equal(found["words"], torch.zeros(5))
     with pytest.raises(ValueError, match="unused: task made-up does not reach this module"):
         measure(adapter_on(made.model, [Q]), made, limit=2, modules=["unused"])
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, truncate
+from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, spectrum
 from loraloom.ops.certificate import note
 from loraloom.registry import UnknownName
 from loraloom.strategies.units import group
@@ -82,8 +82,12 @@ def compress(
 
     def read(name: str) -> Factors:
         factors = adapter.modules[name]
-        wanted = ranks[name] if name in ranks else _enough(_squares(factors), energy or 1.0)
-        small, error = (factors, 0.0) if wanted == factors.rank else truncate(factors, wanted)
+        if name in ranks and ranks[name] == factors.rank:
+            small, error = factors, 0.0
+        else:
+            found = spectrum(factors)
+            wanted = ranks[name] if name in ranks else _enough(found.values.square().tolist(), energy or 1.0)
+            small, error = (factors, 0.0) if wanted == factors.rank else found.cut(wanted)
         note(record, name, error, small)
         return small
 

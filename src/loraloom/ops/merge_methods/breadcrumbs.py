@@ -26,7 +26,7 @@ def breadcrumbs(
     density: float = 0.85,
     gamma: float = 0.01,
 ) -> Float[Tensor, " *shape"]:
-    """Outliers and small entries are masked (Model Breadcrumbs: Davari and Belilovsky 2023, section 3).
+    """Outliers and small entries are masked (Model Breadcrumbs: Davari and Belilovsky 2023).
 
     Per module and update the ``round(gamma * n)`` largest entries are dropped, then the ``round(density * n)`` largest
     of the rest stay (at least one, at most all of the rest); the result is their weighted sum. A small tensor, where

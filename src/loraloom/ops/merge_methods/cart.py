@@ -18,7 +18,7 @@ def cart(
     density: float = 0.1,
     gain: float = 1.0,
 ) -> Float[Tensor, " m n"]:
-    """Mean plus truncated deviations from it (CART: Choi et al. 2024, section 4: centred arithmetic, rank-reduced).
+    """Mean plus truncated deviations from it (CART: Choi et al. 2024: centred arithmetic, rank-reduced).
 
     With the mean ``M = sum |w_i| D_i / sum |w_i|`` the result is ``sum_i w_i (M + k gain SVD_p(D_i - M))``, where SVD_p
     keeps the ``ceil(density * rank)`` largest singular triples of a deviation. Equal weights 1/k give the paper's

@@ -11,7 +11,7 @@ from loraloom.ops.merge_methods.linear import linear
 
 @merge_methods.register("cat", paper="https://arxiv.org/abs/2410.13025", linear=True, spaces=("delta",))
 def cat(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
-    """Exact weighted sum of the updates, their factors side by side (PEFT's ``cat``; Prabhakar et al. 2025, section 3).
+    """Exact weighted sum of the updates, their factors side by side (PEFT's ``cat``; Prabhakar et al. 2024).
 
     The same as ``linear`` in the space ``delta``: the result has the sum of the ranks.
 

@@ -23,9 +23,9 @@ def consensus(
     agree: int = 2,
     strictness: float = 0.4,
 ) -> Float[Tensor, " *shape"]:
-    """Weighted sum over the entries that at least so many tasks use (TALL masks: Wang et al. 2024, sections 4 and 5).
+    """Weighted sum over the entries that at least so many tasks use (TALL masks: Wang et al. 2024).
 
-    Task t uses an entry if ``|d_t| >= strictness * |sum_i d_i - d_t|`` (equation 3; the sum is over the updates of
+    Task t uses an entry if ``|d_t| >= strictness * |sum_i d_i - d_t|`` (the sum is over the updates of
     weight not zero, turned round where the weight is negative). Entries that fewer than ``agree`` of them use, or fewer
     than all where there are fewer, are set to 0.
 

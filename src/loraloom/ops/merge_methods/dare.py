@@ -25,7 +25,7 @@ def dare(
     density: float = 0.5,
     generator: torch.Generator,
 ) -> Float[Tensor, " *shape"]:
-    """Weighted sum of updates of which random entries are dropped, the others rescaled (Yu et al. 2024, section 3).
+    """Weighted sum of updates of which random entries are dropped, the others rescaled (DARE: Yu et al. 2024).
 
     Each entry of each update stays with probability ``density`` and is divided by it, so the expected result is the
     weighted sum. Masks are drawn for the updates one after another, a block of rows at a time: another order of the

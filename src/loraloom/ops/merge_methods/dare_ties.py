@@ -26,7 +26,7 @@ def dare_ties(
     density: float = 0.5,
     generator: torch.Generator,
 ) -> Float[Tensor, " *shape"]:
-    """DARE's random drop and rescale (Yu et al. 2024, section 3), then TIES' sign election and disjoint mean.
+    """DARE's random drop and rescale (Yu et al. 2024), then TIES' sign election and disjoint mean.
 
     Each entry of each update stays with probability ``density`` and is divided by it; signs are elected and means
     taken as in ``ties``, over the entries that stay.

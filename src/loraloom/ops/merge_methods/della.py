@@ -26,7 +26,7 @@ def della(
     epsilon: float = 0.2,
     generator: torch.Generator,
 ) -> Float[Tensor, " *shape"]:
-    """Small entries are dropped more often than large ones, then signs elected (DELLA: Deep et al. 2024, section 3).
+    """Small entries are dropped more often than large ones, then signs elected (DELLA: Deep et al. 2024).
 
     MAGPRUNE: in every row the n entries are ranked by magnitude (of equal ones the first is the larger); the one of
     rank i, from the smallest, stays with probability ``density + epsilon * (i / (n - 1) - 1/2)`` and is divided by it.

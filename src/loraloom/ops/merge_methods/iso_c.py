@@ -14,7 +14,7 @@ from loraloom.ops.spectrum import triples
     "iso_c", paper="https://arxiv.org/abs/2502.04959", space="core", spaces=("core", "delta"), breaks=("single",)
 )
 def iso_c(deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"]) -> Float[Tensor, " m n"]:
-    """Weighted sum whose singular values are all replaced by their mean (Iso-C: Marczak et al. 2025, section 4.1).
+    """Weighted sum whose singular values are all replaced by their mean (Iso-C: Marczak et al. 2025).
 
     ``sum_i w_i D_i = U S V^T`` becomes ``mean(S) U V^T`` over the numerical rank: directions outside the span of the
     updates, which full-rank code would fill with arbitrary vectors, stay zero.

@@ -16,7 +16,7 @@ from loraloom.ops.spectrum import polar, triples
 def iso_cts(
     deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"], *, common: float = 0.8
 ) -> Float[Tensor, " m n"]:
-    """Flat spectrum over common and task-specific directions (Iso-CTS: Marczak et al. 2025, section 4.2).
+    """Flat spectrum over common and task-specific directions (Iso-CTS: Marczak et al. 2025).
 
     Of the weighted sum, of numerical rank R, the ``round(common * R)`` largest singular triples are the common ones.
     What they leave of each update, ``w_t (D_t - U_c U_c^T D_t)``, gives its ``(R - c) // k`` largest triples. All left

@@ -11,7 +11,7 @@ from loraloom.ops.merge_methods import merge_methods
 
 @merge_methods.register("model_stock", paper="https://arxiv.org/abs/2403.19522", space="core", spaces=("core", "delta"))
 def model_stock(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
-    """Weighted sum, drawn towards the base by the angle between the updates (Jang et al. 2024, equation 2).
+    """Weighted sum, drawn towards the base by the angle between the updates (Jang et al. 2024).
 
     The sum is times ``t = k c / (1 + (k - 1) c)`` for the mean cosine c of the updates. The base model is the zero
     update. c is the mean over the pairs, of updates that are not zero, cut to [0, 1]: updates at right angles tell

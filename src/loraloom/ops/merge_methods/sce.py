@@ -17,7 +17,7 @@ from loraloom.ops.select import cutoff, share_of
 def sce(
     deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"], *, density: float = 0.1
 ) -> Float[Tensor, " *shape"]:
-    """Select, calculate, erase (SCE of FuseChat: Wan et al. 2024, section 3).
+    """Select, calculate, erase (SCE of FuseChat: Wan et al. 2024).
 
     Per module: the ``round(density * n)`` entries of largest variance across the updates stay (at least one; of equal
     ones the first; one update alone keeps all). Each update's coefficient is the sum of its squared selected entries,

@@ -14,7 +14,7 @@ from loraloom.ops.spectrum import polar, triples
 def tsv_m(
     deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"], *, density: float = 1.0
 ) -> Float[Tensor, " m n"]:
-    """Task singular vectors, decorrelated before they are summed (TSV-M: Gargiulo et al. 2025, section 4).
+    """Task singular vectors, decorrelated before they are summed (TSV-M: Gargiulo et al. 2025).
 
     Of every update the ``ceil(density * rank)`` largest singular triples stay. The left vectors of all are put side by
     side and replaced by the nearest orthonormal set (polar factor ``U V^T``), so are the right ones; the result is
