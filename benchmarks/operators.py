@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -149,10 +148,9 @@ def theirs(kind: str, folder: Path, out: Path) -> tuple[float, float]:
 def run_row(name: str, folder: Path) -> dict[str, float]:
     """One row in this process; seconds and peak memory."""
     out = folder / "out"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if name.startswith("peft "):
         seconds, whole = theirs(name.removeprefix("peft "), folder, out)
-        return {"seconds": seconds, "whole": whole, "peak": peak(), "before": before}
+        return {"seconds": seconds, "whole": whole, "peak": peak()}
     arguments = PEFT_ROWS[name.removeprefix("ours ")] if name.startswith("ours ") else None
     import loraloom as ll
 
@@ -163,12 +161,16 @@ def run_row(name: str, folder: Path) -> dict[str, float]:
     else:
         operation, arguments, _ = ROWS[name]
         ours(operation, arguments, folder, out)
-    return {"seconds": time.perf_counter() - start, "peak": peak(), "before": before}
+    return {"seconds": time.perf_counter() - start, "peak": peak()}
 
 
 def peak() -> float:
-    """Peak resident memory of this process in MiB, as the operating system counts it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory of this process in MiB, as the operating system counts it.
+
+    Not getrusage: its figure starts at that of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def measured(names: list[str], folders: dict[str, Path], repeat: int) -> dict[str, list[dict[str, float]]]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from loraloom.cli.shell import AsJson, Density, Knobs, Many, One, Out, Overwrite, Seed, Space, command, knobs_of, saved
+from loraloom.registry import edge
 
 Kind = StrEnum("Kind", ["gram", "fisher"])
 Labels = StrEnum("Labels", ["model", "given"])
@@ -68,11 +69,11 @@ def search(
     from loraloom.recipe import read_task
 
     opened = [ll.load(path) for path in adapters]
-    score = ll.score(model or opened[0].base, read_task(task), split=split, limit=limit)
+    bench = edge("statistics").bench_for(opened[0], read_task(task), model)  # with the image size of training
     given = knobs_of(knobs) | ({} if density is None else {"density": density})
     found = ll.search(
         opened,
-        score,
+        lambda adapter: bench.evaluate(adapter, split, limit).value,
         method=method,
         space=space.value if space else None,
         budget=budget,

@@ -146,8 +146,10 @@ def check_size(rank: int | None, energy: float | None, budget: int | str | None)
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
 
 
-def check_statistics(technique: Technique[..., Tensor], count: int, statistics: Sequence[Any] | None) -> None:
-    """Statistics where the method works by them, and only there; one per adapter.
+def check_statistics(
+    technique: Technique[..., Tensor], count: int, space: str, statistics: Sequence[Any] | None
+) -> None:
+    """Statistics where the method works by them, and only there; one per adapter, of its kind and of the space.
 
     Raises:
         ValueError: says what is missing, or too much.
@@ -161,3 +163,9 @@ def check_statistics(technique: Technique[..., Tensor], count: int, statistics: 
         raise ValueError(f"method {technique.name!r} uses no statistics")
     if statistics is not None and len(statistics) != count:
         raise ValueError(f"{len(statistics)} statistics for {count} adapters; one per adapter is needed")
+    for at, known in enumerate(statistics or ()):  # a plain mapping does not say what it is
+        which_one, about = f"statistics {at + 1} of {count}", getattr(known, "about", {})
+        if getattr(known, "kind", kind) != kind:
+            raise ValueError(f"{which_one} are of kind {known.kind!r}; method {technique.name!r} needs {kind!r}")
+        if about.get("space", space) != space:
+            raise ValueError(f"{which_one} are of space {about['space']!r}, the merge is in {space!r}")

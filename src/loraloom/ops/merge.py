@@ -116,7 +116,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     check_size(rank, energy, budget)
     given = knobs if density is None else {"density": density, **knobs}
     check_knobs(technique, given)
-    check_statistics(technique, len(adapters), statistics)
+    check_statistics(technique, len(adapters), space, statistics)
     job = _Job(adapters, technique, given, checked, space, rank, seed, statistics, base, device)
     job.rehearse()
     asked = {"method": method, "weights": checked, "space": space, "rank": rank, "energy": energy, "budget": budget}
