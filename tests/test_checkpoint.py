@@ -212,6 +212,7 @@ TIED = [
     (LM | {"architectures": ["LlamaModel"], "tie_word_embeddings": True}, [EMBED], EMBED, False),
     (LM | {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": True}, [EMBED], EMBED, False),
     (LM, [EMBED, "model.layers.0.q.weight"], "model.layers.0.q.weight", False),
+    (LM | {"tie_word_embeddings": True}, [EMBED, "model.layers.0.q.weight"], "model.layers.0.q.weight", False),
     ({"vocab_size": 6}, [EMBED], EMBED, False),
     (
         {

@@ -101,6 +101,8 @@ def test_the_adapter_on_the_base_is_the_tuned_model(case, tmp_path):
     assert (output(make()) - wanted).abs().max() > 1e-3
     torch.testing.assert_close(on_base(model, tmp_path), wanted, rtol=1e-4, atol=2e-5)
     assert max(adapter.provenance["record"]["error"].values()) < 1e-6
+    biases = [path for path in adapter.extras if path.removesuffix(".bias") in adapter.modules]
+    assert adapter.config.get("bias", "none") == ("lora_only" if biases else "none")
     folded = type(model).from_pretrained(fold([load(tmp_path / "a")], tmp_path / "base", tmp_path / "folded"))
     torch.testing.assert_close(output(folded), wanted, rtol=1e-4, atol=2e-5)
 
@@ -160,6 +162,12 @@ def test_certificate_and_rank(tmp_path):
         assert record["error"]["h.0.fc"] == pytest.approx(error, abs=1e-6)
         assert record["norm"]["h.0.fc"] == pytest.approx(5.0, rel=1e-5)
     assert extract(*tail, energy=1.0).shape("h.0.fc").rank == 2  # a third one would be rounding
+
+
+def test_all_of_the_energy_is_not_rounding_too(tmp_path):
+    values = torch.full((64,), 2.5e-7)
+    values[0] = 1.0
+    assert extract(*pair(tmp_path, torch.diag(values)), energy=1.0).shape("h.0.fc").rank == 1
 
 
 def test_the_difference_is_not_taken_in_16_bits(tmp_path):

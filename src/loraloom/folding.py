@@ -27,7 +27,7 @@ from loraloom.stream import ahead
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHORT = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TIED = "{key} is input embedding and output head in one (tied weights), {path} only one of them; untie the base first"
-_BLOCK = 1 << 22  # entries of a weight that are worked on at once
+_BLOCK = 1 << 20  # entries of a weight that are worked on at once
 _KINDS = (".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml", "")
 
 
@@ -249,7 +249,10 @@ def _plan_module(plan: dict[str, _Change], checkpoint: Checkpoint, source: _Sour
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 def _changed(weight: Tensor, change: _Change, wanted: torch.dtype) -> Tensor:
-    """One parameter with its change: formed in float32 at least, a block of rows at a time, and rounded once."""
+    """One parameter with its change: formed in float32 at least, a block of rows at a time, and rounded once.
+
+    Where the type stays, the result takes the place of ``weight``, which nobody else holds.
+    """
     working = torch.promote_types(torch.promote_types(weight.dtype, wanted), torch.float32)
     start = weight
     if change.average:
@@ -260,7 +263,7 @@ def _changed(weight: Tensor, change: _Change, wanted: torch.dtype) -> Tensor:
         start = change.replaced[0].adapter.extras[change.replaced[0].name]
     if not change.updates:
         return start.to(wanted)
-    result = torch.empty(change.shape, dtype=wanted)
+    result = weight if start is weight and weight.dtype == wanted else torch.empty(change.shape, dtype=wanted)
     parts = [(by, adapter.kind, _prepared(adapter.modules[name], working)) for _, by, adapter, name in change.updates]
     if change.part == "bias":
         total = start.to(working)
