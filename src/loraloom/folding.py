@@ -315,7 +315,8 @@ def _write_shard(
         for key, tensor in ahead(made, file.shapes):
             writer.add(key, tensor)
             size += tensor.numel() * tensor.element_size()
-        return size, writer.finish({"format": "pt"} | file.metadata)
+        writer.finish({"format": "pt"} | file.metadata)
+    return size, sha256(work / shard)
 
 
 def _settled(checkpoint: Checkpoint, plan: Mapping[str, _Change], dtype: str | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +123,8 @@ class Writer:
         self._file.seek(start)
         self._write(_bytes(held.view(_BY_NAME[entry["dtype"]]) * by))
 
-    def finish(self, metadata: Mapping[str, str]) -> str:
-        """Write the header, bring all to the disk, and give the sha256 of the file."""
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header and bring all to the disk."""
         if any(entry["data_offsets"][0] % _BY_NAME[entry["dtype"]].itemsize for entry in self._header.values()):
             self._sort()
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -134,12 +133,8 @@ class Writer:
             self._make_room(len(text))
         self._file.seek(0)
         self._write(self._room.to_bytes(8, "little") + text.ljust(self._room))
-        with ThreadPoolExecutor(1) as pool:
-            synced = pool.submit(os.fsync, self._file.fileno())
-            digest = sha256(self.path)
-            synced.result()
+        os.fsync(self._file.fileno())
         self._file.close()
-        return digest
 
     def close(self) -> None:
         """Let go of the file, whatever is in it."""

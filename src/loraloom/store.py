@@ -281,9 +281,8 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
     with whole_folder(target, **kind) as work, hashing(adapter) as hashes:
         with contextlib.closing(Writer(work / WEIGHTS, _room(adapter))) as writer:
             ranks, bake = _fill(adapter, writer)
-            written = writer.finish({"format": "pt"})
+            writer.finish({"format": "pt"})
         record = written_as(adapter, command, hashes)  # now: operators note what they saw while modules were read
-        record["sha256"] = written
         config = settled(adapter.config, ranks, bake=bake, retarget=not knows_targets(adapter))
         write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
         write_text(work / CARD, _card(config, record, target.name, len(ranks)))
