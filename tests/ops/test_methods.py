@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from loraloom.ops.merge import merge
 from loraloom.ops.merge_methods import inner_method, merge_methods
-from loraloom.ops.select import largest, threshold
+from loraloom.ops.select import cutoff, largest, threshold
 from oracles import methods as oracle
 from oracles.ops_dense import delta, random_adapter
 
@@ -213,3 +213,16 @@ def test_selection_on_a_large_tensor_and_when_the_sample_misleads(monkeypatch):
             threshold(torch.tensor([1.0, bad]), 1)
     with pytest.raises(ValueError, match="from 1 to 2"):
         threshold(torch.ones(2), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 4, 7, 40])
+def test_blocks_keep_what_the_whole_keeps(dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-3, 4, (40,), generator=generator).to(dtype) * 1e-3  # many ties, many zeros
+    for count in range(41):
+        found = cutoff(values, count)
+        want = torch.where(found.mask(values), values, 0.0)
+        assert (found.mask(values).sum(), int((want != 0).sum())) == (count, min(count, int((values != 0).sum())))
+        blocks = [found.kept(block, start * width) for start, block in enumerate(values.split(width))]
+        assert torch.equal(torch.cat(blocks), want)

@@ -55,12 +55,12 @@ def elected_mean(updates: Sequence[Float[Tensor, " *shape"]], weights: Float[Ten
     total = torch.zeros_like(signed[0])
     for one in signed:
         total += one
-    up = total >= 0
+    elected = torch.where(total >= 0, total.new_ones(()), -total.new_ones(()))
     total.zero_()
     share = torch.zeros_like(total)
     for one, weight in zip(signed, weights, strict=True):
-        agrees = (one != 0) & ((one > 0) == up)
-        total += torch.where(agrees, one, 0.0)
-        share.add_(agrees, alpha=abs(float(weight)))
-    total /= torch.where(share > 0, share, 1.0)
+        one.mul_(elected).clamp_(min=0)  # what agrees, and 0 where the sign is the other one
+        total += one
+        share.add_(one.sign_(), alpha=abs(float(weight)))
+    total.mul_(elected).div_(torch.where(share > 0, share, share.new_ones(())))
     return total * float(weights.abs().sum())

@@ -25,7 +25,12 @@ class Cutoff(NamedTuple):
 
     def kept(self, entries: Tensor, start: int = 0) -> Tensor:
         """Some entries of the tensor, from the flat index ``start`` on, with those that are not the largest at 0."""
-        return torch.where(self.mask(entries, start), entries, 0.0)
+        if start <= self.place < start + entries.numel():
+            return torch.where(self.mask(entries, start), entries, 0.0)
+        last = self.last  # before the place all that equal it stay, behind it none
+        if start < self.place:
+            last = float(torch.nextafter(entries.new_tensor(last), entries.new_tensor(-1.0)))
+        return torch.nn.functional.hardshrink(entries, last)
 
     def mask(self, entries: Tensor, start: int = 0) -> Bool[Tensor, "*shape"]:
         """Where the largest are among some entries of the tensor."""
