@@ -32,6 +32,7 @@ LEVELS = {
     "loraloom.layout": 1,
     "loraloom.store": 1,
     "loraloom.checkpoint": 1,
+    "loraloom.masks": 1,
     "loraloom.measured": 1,
     "loraloom.ops": 1,
     "loraloom.strategies": 1,
@@ -53,6 +54,10 @@ LEVELS = {
 # Sideways imports at the same level: (importer, imported), each a prefix, with the reason.
 ALLOWED = {
     ("loraloom.ops", "loraloom.strategies.units"): "pruning keeps and drops the same units that CoTo switches",
+    ("loraloom.strategies.sparse", "loraloom.ops"): "a mask is chosen as pruning chooses entries",
+    ("loraloom.strategies.sparse", "loraloom.masks"): "LoRI trains what a mask keeps",
+    ("loraloom.strategies.sparse", "loraloom.experts"): "a mask is over B as PEFT stores it",
+    ("loraloom.masks", "loraloom.experts"): "the same",
     ("loraloom.layout", "loraloom.experts"): "how PEFT packs the experts of one parameter",
     ("loraloom.store", "loraloom.experts"): "the same",
     ("loraloom.store", "loraloom.layout"): "reading a folder is files (store) plus what PEFT's names mean (layout)",

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from loraloom.folding import fold
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
     from loraloom.integrations.soup import learn_weights
+    from loraloom.integrations.sparse import gradient_scores
     from loraloom.integrations.statistics import measure
     from loraloom.integrations.trainer import CoToCallback
     from loraloom.listing import catalogue
+    from loraloom.masks import Mask, load_mask, save_mask, support
     from loraloom.measured import load_statistics, save_statistics
     from loraloom.ops.align import align
     from loraloom.ops.arithmetic import scale, subtract
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from loraloom.store import load, save
     from loraloom.strategies.dropout import ProgressiveDropout
     from loraloom.strategies.progressive import CoTo
+    from loraloom.strategies.sparse import LoRI, calibrate
     from loraloom.tasks import load_task
 
 _HOME = {
@@ -69,6 +72,9 @@ _HOME = {
     **dict.fromkeys(["load", "save"], "store"),
     "ProgressiveDropout": "strategies.dropout",
     "CoTo": "strategies.progressive",
+    **dict.fromkeys(["LoRI", "calibrate"], "strategies.sparse"),
+    **dict.fromkeys(["Mask", "load_mask", "save_mask", "support"], "masks"),
+    "gradient_scores": "integrations.sparse",
     **dict.fromkeys(["cosines", "summary"], "overview"),
     "load_task": "tasks",
 }
@@ -101,6 +107,13 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "CoTo",
     "ProgressiveDropout",
     "CoToCallback",
+    "LoRI",
+    "calibrate",
+    "Mask",
+    "load_mask",
+    "save_mask",
+    "support",
+    "gradient_scores",
     "Recipe",
     "read_recipe",
     "train",

@@ -44,6 +44,26 @@ def whole_folder(target: Path, *, overwrite: bool, mark: str, what: str) -> Iter
         raise
 
 
+@contextlib.contextmanager
+def whole_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A path to write to; it gets the name ``target`` when the block ends well, and is removed otherwise.
+
+    Raises:
+        FileExistsError: ``target`` is there and ``overwrite`` is off, or is a folder.
+    """
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
+    try:
+        yield work
+        work.replace(target)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
 def refuse_taken(target: Path, *, overwrite: bool, mark: str, what: str) -> None:
     """Refuse a path that is taken, or that --overwrite must not remove: only a folder with the mark may be replaced.
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import secrets
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import UnsupportedKind
-from loraloom.folders import UNFINISHED, sync_folder
+from loraloom.folders import whole_file
 from loraloom.safefile import SafeFile, Writer
 
 KINDS = ("gram", "fisher")
@@ -76,21 +76,11 @@ def save_statistics(statistics: Statistics, path: str | Path, *, overwrite: bool
     target = Path(path)
     if not isinstance(statistics, Statistics):
         raise ValueError(f"only statistics that say their kind are saved (Statistics), got {type(statistics).__name__}")
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
-    writer = Writer(work, sum(len(name) + 100 for name in statistics) + 1000)
-    try:
+    room = sum(len(name) + 100 for name in statistics) + 1000
+    with whole_file(target, overwrite=overwrite) as work, contextlib.closing(Writer(work, room)) as writer:
         for name in statistics:
             writer.add(name, _finite(statistics[name], f"{target}: {name}"))
         writer.finish({"format": "pt", _MARK: statistics.kind, **statistics.about})
-        work.replace(target)
-    except BaseException:
-        writer.close()
-        work.unlink(missing_ok=True)
-        raise
-    sync_folder(target.parent)
     return target
 
 

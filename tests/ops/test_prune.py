@@ -258,10 +258,18 @@ def mask_of(values: list[np.ndarray], density: float) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("scope", ["model", "layer", "module"])
+POOLS = {
+    "model": [NAMES],
+    "layer": [NAMES[:2], NAMES[2:]],
+    "projection": [[n for n in NAMES if n.endswith(role)] for role in dict.fromkeys(n[-1] for n in NAMES)],
+    "module": [[n] for n in NAMES],
+}
+
+
+@pytest.mark.parametrize("scope", POOLS)
 @pytest.mark.parametrize("space", ["factors", "balanced", "delta"])
 def test_density_holds_in_every_scope(scope, space):
-    pools = {"model": [NAMES], "layer": [NAMES[:2], NAMES[2:]], "module": [[n] for n in NAMES]}[scope]
+    pools = POOLS[scope]
     pruned = prune(THREE, density=0.4, scope=scope, space=space, rank=5 if space == "delta" else None)
     for pool in pools:
         parts = {n: THREE.modules[n] for n in pool}
@@ -312,9 +320,9 @@ def test_a_pattern_keeps_the_largest_of_every_few_neighbours(space, pattern):
         assert pruned.provenance["record"]["kept"][name] > 0
 
 
-@pytest.mark.parametrize("scope", ["model", "layer", "module"])
+@pytest.mark.parametrize("scope", POOLS)
 def test_directions_stay_by_singular_value(scope):
-    pools = {"model": [NAMES], "layer": [NAMES[:2], NAMES[2:]], "module": [[n] for n in NAMES]}[scope]
+    pools = POOLS[scope]
     pruned = prune(THREE, density=0.5, unit="rank", scope=scope)
     want = {}
     for pool in pools:
@@ -391,7 +399,7 @@ REFUSED = [
     (TWELVE, {"density": 0.5, "by": "magnitud"}, UnknownName, "did you mean 'magnitude'"),
     (TWELVE, {"density": 0.5, "rank": 2}, ValueError, "rank .* goes with space='delta'"),
     (TWELVE, {"density": 0.5, "unit": "head"}, UnknownName, "allowed: entry, rank, layer, module"),
-    (TWELVE, {"density": 0.5, "scope": "tower"}, UnknownName, "allowed: model, layer, module"),
+    (TWELVE, {"density": 0.5, "scope": "tower"}, UnknownName, "allowed: model, layer, projection, module"),
     (TWELVE, {"density": 0.5, "unit": "layer", "scope": "layer"}, ValueError, "scope 'layer' holds no choice"),
     (TWELVE, {"density": 0.5, "unit": "layer", "space": "delta"}, ValueError, "go with unit='entry'"),
     (TWELVE, {"density": 0.5, "by": {"model.layers.0": 1.0}}, ValueError, "scores by name go with"),

@@ -34,7 +34,7 @@ from loraloom.cli.shell import (
 )
 
 Unit = StrEnum("Unit", ["entry", "rank", "layer", "module"])
-Scope = StrEnum("Scope", ["model", "layer", "module"])
+Scope = StrEnum("Scope", ["model", "layer", "projection", "module"])
 PruneSpace = StrEnum("PruneSpace", ["factors", "balanced", "delta"])
 Gauge = StrEnum("Gauge", ["orthogonal", "invertible"])
 

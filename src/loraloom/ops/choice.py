@@ -15,7 +15,7 @@ from loraloom.registry import UnknownName
 from loraloom.strategies.units import group, role, tower
 
 KEEPS = ("every-other", "low", "middle", "high")
-SCOPES = ("model", "layer", "module")
+SCOPES = ("model", "layer", "projection", "module")
 
 
 def groups(names: Sequence[str], scope: str) -> list[tuple[str, ...]]:
@@ -27,7 +27,7 @@ def groups(names: Sequence[str], scope: str) -> list[tuple[str, ...]]:
     """
     if scope == "model":
         return [tuple(names)]
-    return [(name,) for name in names] if scope == "module" else list(group(names, "layer").values())
+    return [(name,) for name in names] if scope == "module" else list(group(names, scope).values())
 
 
 def scored(adapter: Adapter, unit: str, by: str | Mapping[str, Any], seed: int) -> dict[str, float]:

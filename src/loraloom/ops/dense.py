@@ -30,7 +30,7 @@ def low_rank(
         start: columns that span a first guess of the column space.
 
     Returns:
-        B, A and ``|dense - B A| / |dense|``, computed from the difference itself (0 for a zero matrix).
+        B, A and ``|dense - B A| / |dense|`` (0 for a zero matrix).
 
     Example:
         >>> b, a, error = low_rank(torch.diag(torch.tensor([3.0, 4.0])), 1)
@@ -47,7 +47,9 @@ def low_rank(
         error = -1.0
     root = s[:rank].sqrt()
     b, a = u[:, :rank] * root, root[:, None] * vh[:rank]
-    return padded(b, rank), padded(a.T, rank).T, _error(dense, b, a) if error < 0 else error
+    if error < 0:
+        error = _error(dense, b, a, s[:rank])
+    return padded(b, rank), padded(a.T, rank).T, error
 
 
 def _iterated(dense: Tensor, width: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,10 +74,13 @@ def _iterated(dense: Tensor, width: int, start: Tensor | None) -> tuple[Tensor, 
     return q @ u, s, vh @ right.T
 
 
-def _error(dense: Tensor, b: Tensor, a: Tensor) -> float:
-    """Relative error from the difference, a block of rows at a time."""
-    lost = whole = 0.0
-    for rows, left in zip(dense.split(1024), b.split(1024), strict=True):
-        lost += float((rows - left @ a).square().sum(dtype=torch.float64))
-        whole += float(rows.square().sum(dtype=torch.float64))
+def _error(dense: Tensor, b: Tensor, a: Tensor, values: Tensor) -> float:
+    """Relative error of a projection: by Pythagoras, or where little is left from the difference itself."""
+    whole = sum(float(rows.double().square().sum()) for rows in dense.split(64))
+    lost = whole - float(values.double().square().sum())
+    if lost < 1e-3 * whole:
+        lost = sum(
+            float((rows - left @ a).double().square().sum())
+            for rows, left in zip(dense.split(64), b.split(64), strict=True)
+        )
     return (lost / whole) ** 0.5 if whole > 0 else 0.0

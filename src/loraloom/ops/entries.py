@@ -16,11 +16,11 @@ from loraloom.ops.certificate import note
 from loraloom.ops.checks import check_linear
 from loraloom.ops.choice import groups
 from loraloom.ops.merge import module_generator
+from loraloom.ops.select import Pooled, pooled
 from loraloom.ops.spaces import refactor
 from loraloom.registry import UnknownName
 
 SPACES = ("factors", "balanced", "delta")
-_INFINITE = 0x7F80  # the upper half of the bit pattern of float32's infinity; NaN lies above
 
 
 def _magnitude(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,7 +47,7 @@ class Entries:
     rank: int | None
     seed: int
     record: dict[str, Any]
-    _thresholds: dict[tuple[str, ...], tuple[int, dict[str, int]]] = field(default_factory=dict)
+    _thresholds: dict[tuple[str, ...], Pooled] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse what cannot be done, before anything is read."""
@@ -128,39 +128,13 @@ class Entries:
         pool = self.pool_of[name]
         if pool not in self._thresholds:
             self._thresholds[pool] = self.threshold(pool)
-        last, quota = self._thresholds[pool]
-        patterns = scores.view(torch.int32)  # of numbers that are not negative: of the same order
-        mask = patterns > last
-        mask[(patterns == last).nonzero()[: quota[name], 0]] = True
+        mask = self._thresholds[pool].mask(name, scores)
         return [part.view_as(matrix) for part, matrix in zip(mask.split(sizes), matrices, strict=True)]
 
-    def threshold(self, pool: tuple[str, ...]) -> tuple[int, dict[str, int]]:
-        """The pattern of the last entry that stays, and how many entries equal to it stay in each module."""
+    def threshold(self, pool: tuple[str, ...]) -> Pooled:
+        """What tells the entries of a scope that stay."""
         kept = round((self.density or 0) * self.entries(pool))
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for name in pool:
-            patterns = self.scores(name, self.matrices(self.factors(name))).view(torch.int32)
-            binned = torch.bincount(patterns >> 16, minlength=1 << 16).cpu()
-            if binned[_INFINITE:].any():
-                raise ValueError(f"{name}: NaN or infinite entries have no order to prune by")
-            counts += binned
-        if kept == 0:
-            return torch.iinfo(torch.int32).max, dict.fromkeys(pool, 0)
-        from_top = counts.flip(0).cumsum(0).flip(0)  # entries in this bin and above
-        high = int((from_top >= kept).nonzero().max())
-        need = kept - int(from_top[high] - counts[high])  # of the entries in this bin
-        near: dict[str, Tensor] = {}
-        for name in pool:
-            patterns = self.scores(name, self.matrices(self.factors(name))).view(torch.int32)
-            near[name] = patterns[patterns >> 16 == high].cpu()
-        bin_ = torch.cat(list(near.values()))
-        last = int(bin_.kthvalue(len(bin_) - need + 1).values)
-        equal = need - int((bin_ > last).sum())
-        quota = {}
-        for name, patterns in near.items():
-            quota[name] = min(equal, int((patterns == last).sum()))
-            equal -= quota[name]
-        return last, quota
+        return pooled(pool, lambda name: self.scores(name, self.matrices(self.factors(name))), kept)
 
     def read(self, name: str) -> Factors:
         """One pruned module."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from loraloom.adapter import is_finite
 
 _SAMPLE = 1 << 16
+_INFINITE = 0x7F80  # the upper half of the bit pattern of float32's infinity; NaN lies above
 _CHUNK = 1 << 20  # entries at a time: what is made of them stays in the cache
 
 
@@ -57,15 +59,16 @@ def cutoff(values: Tensor, count: int) -> Cutoff:
     if count == 0:
         return Cutoff(float("inf"), -1)
     flat = values.detach().flatten()
-    last = float(threshold(flat, count))
-    above = sum(int((chunk.abs() > last).count_nonzero()) for chunk in flat.split(_CHUNK))
+    last, above, equal = _located(flat, count)
     missing = count - above
+    if missing == equal:
+        return Cutoff(last, flat.numel() - 1)
     for start in range(0, flat.numel(), _CHUNK):
-        equal = (flat[start : start + _CHUNK].abs() == last).nonzero()[:, 0]
-        if len(equal) >= missing:
-            return Cutoff(last, start + int(equal[missing - 1]))
-        missing -= len(equal)
-    raise ValueError("NaN or infinite entries have no order to select by")
+        found = (flat[start : start + _CHUNK].abs() == last).nonzero()[:, 0]
+        if len(found) >= missing:
+            return Cutoff(last, start + int(found[missing - 1]))
+        missing -= len(found)
+    raise AssertionError("the entries changed while they were looked at")
 
 
 def largest(values: Tensor, count: int) -> Bool[Tensor, "*shape"]:
@@ -96,6 +99,11 @@ def threshold(values: Tensor, count: int) -> Tensor:
         tensor(3.)
     """
     flat = values.detach().flatten()
+    return flat.new_tensor(_located(flat, count)[0])
+
+
+def _located(flat: Tensor, count: int) -> tuple[float, int, int]:
+    """The ``count``-th largest magnitude, how many are above it, and how many equal it."""
     if not 1 <= count <= flat.numel():
         raise ValueError(f"count must be from 1 to {flat.numel()}, got {count}")
     if not is_finite(flat):
@@ -104,13 +112,14 @@ def threshold(values: Tensor, count: int) -> Tensor:
     above, inside = 0, []
     for chunk in flat.split(_CHUNK):
         size = chunk.abs()
-        above += int((size > high).count_nonzero())
-        inside.append(size[(size >= low) & (size <= high)])
+        over = size > high
+        above += int(over.count_nonzero())
+        inside.append(size[(size >= low).logical_xor_(over)])
     near = torch.cat(inside)
-    rank = count - above  # among those inside, from the top
-    if not 1 <= rank <= near.numel():
-        near, rank = flat.abs(), count
-    return near.kthvalue(near.numel() - rank + 1).values
+    if not 1 <= count - above <= near.numel():  # the sample misled: look at all
+        near, above = flat.abs(), 0
+    last = near.kthvalue(near.numel() - (count - above) + 1).values
+    return float(last), above + int((near > last).count_nonzero()), int((near == last).count_nonzero())
 
 
 def _bracket(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -133,3 +142,75 @@ def share_of(density: float, values: Tensor) -> int:
         2
     """
     return max(1, round(density * values.numel()))
+
+
+class Pooled(NamedTuple):
+    """Which scores are the largest over several modules: those above ``last``, and some of those that equal it.
+
+    Attributes:
+        last: bit pattern of the last score that is taken, as float32.
+        equal: by module, how many of those that equal it are taken, the first ones.
+    """
+
+    last: int
+    equal: Mapping[str, int]
+
+    def mask(self, name: str, scores: Tensor) -> Bool[Tensor, " n"]:
+        """Where the largest are among the scores of one module."""
+        patterns = _patterns(scores)
+        taken = patterns > self.last
+        taken[(patterns == self.last).nonzero()[: self.equal[name], 0]] = True
+        return taken
+
+
+def pooled(names: Sequence[str], scores: Callable[[str], Tensor], count: int) -> Pooled:
+    """What tells the ``count`` largest scores of all modules together; of equal ones the first by module and index.
+
+    Scores are not kept: each module's are made twice, first for a histogram of the upper 16 bits of their float32
+    patterns (which are in the order of the numbers, as none is negative), then for those of the one bin in question.
+
+    Args:
+        names: the modules, in order.
+        scores: of one module, flat, none negative; compared as float32.
+        count: from 0 to the number of all scores.
+
+    Raises:
+        ValueError: ``count`` is out of range, or a score is NaN, infinite or negative.
+
+    Example:
+        >>> held = {"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([5.0, 2.0])}
+        >>> found = pooled(["a", "b"], held.__getitem__, 3)
+        >>> {name: found.mask(name, held[name]).tolist() for name in held}
+        {'a': [False, True], 'b': [True, True]}
+    """
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for name in names:
+        patterns = _patterns(scores(name))
+        if patterns.numel() and int(patterns.min()) < 0:
+            raise ValueError(f"{name}: scores must not be negative or NaN")
+        counts += torch.bincount(patterns >> 16, minlength=1 << 16).cpu()
+        if counts[_INFINITE:].any():
+            raise ValueError(f"{name}: NaN or infinite entries have no order to select by")
+    if not 0 <= count <= int(counts.sum()):
+        raise ValueError(f"count must be from 0 to {int(counts.sum())}, got {count}")
+    if count == 0:
+        return Pooled(torch.iinfo(torch.int32).max, dict.fromkeys(names, 0))
+    from_top = counts.flip(0).cumsum(0).flip(0)  # scores in this bin and above
+    high = int((from_top >= count).nonzero().max())
+    need = count - int(from_top[high] - counts[high])  # of the scores in this bin
+    near: dict[str, Tensor] = {}
+    for name in names:
+        patterns = _patterns(scores(name))
+        near[name] = patterns[patterns >> 16 == high].cpu()
+    bin_ = torch.cat(list(near.values()))
+    last = int(bin_.kthvalue(len(bin_) - need + 1).values)
+    left = need - int((bin_ > last).sum())
+    equal = {}
+    for name, patterns in near.items():
+        equal[name] = min(left, int((patterns == last).sum()))
+        left -= equal[name]
+    return Pooled(last, equal)
+
+
+def _patterns(scores: Tensor) -> Tensor:
+    return (scores.float() + 0.0).contiguous().view(torch.int32)  # + 0.0: no negative zero

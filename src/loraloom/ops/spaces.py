@@ -139,11 +139,13 @@ def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
         dtype = working if request.cut else stored
         cast = [replace(part, B=part.B.to(dtype), A=part.A.to(dtype)) for part in present]
         return _cut(replace(concat(cast, used), bias=_bias(parts, scales, request)), stored, request)
-    stack = torch.zeros(len(parts), *present[0].shape[:2], dtype=working, device=present[0].B.device)
+    stack = torch.empty(len(parts), *present[0].shape[:2], dtype=working, device=present[0].B.device)
     for row, part in zip(stack, parts, strict=True):
-        if part is not None and request.dense is not None:
+        if part is None:
+            row.zero_()
+        elif request.dense is not None:
             row.copy_(request.dense(part))
-        elif part is not None:
+        else:
             torch.mm(part.scale * part.B.to(working), part.A.to(working), out=row)
     dense = _combined(stack, request, _stacked(request.statistics, stack))
     del stack

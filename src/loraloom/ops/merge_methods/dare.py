@@ -46,7 +46,7 @@ def dare(
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
         total = torch.zeros_like(rows[0])
         for one, weight in zip(rows, weights, strict=True):
-            total.add_(dropped(one, density, generator), alpha=float(weight))
+            total.addcmul_(one, _stays(one, density, generator), value=float(weight) / density)
         return total
 
     return by_blocks(deltas, combine)
@@ -59,5 +59,9 @@ def dropped(delta: Float[Tensor, " *shape"], density: float, generator: torch.Ge
         >>> dropped(torch.ones(2), 1.0, torch.Generator())
         tensor([1., 1.])
     """
-    stays = torch.rand(delta.shape, generator=generator) < density
-    return delta * stays.to(delta.device) / density
+    return _stays(delta, density, generator).mul_(delta).div_(density)
+
+
+def _stays(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """1 where an entry stays, 0 where it is dropped."""
+    return torch.rand(delta.shape, generator=generator).lt_(density).to(delta)
