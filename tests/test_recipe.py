@@ -32,6 +32,15 @@ WRONG = {
     "unknown key of a data set": ({"task": {"dataset": "x", "lable": "y"}}, "(did you mean 'label'?)"),
     "a data set without a place": ({"task": {"label": "y"}}, "task: dataset is missing"),
     "seed below 0": ({"seed": -1}, "seed"),
+    "two masks": ({"lori": {"mask": "m", "calibrate": {}}}, "lori: mask and calibrate are two ways to the mask"),
+    "protect without lori": ({"protect": ["x"]}, "protect goes with lori"),
+    "lori on hira": ({"lori": {}, "adapter": {"kind": "hira"}}, "HiRA has no A and B"),
+    "rank of the adapter continued": ({"continue_from": "a", "adapter": {"rank": 4}}, "adapter.rank: the adapter of"),
+    "a density of 0": ({"lori": {"calibrate": {"density": 0}}}, "lori.calibrate.density"),
+    "a key of calibrate": (
+        {"lori": {"calibrate": {"densty": 0.1}}},
+        "lori.calibrate.densty is not known (did you mean 'density'?); allowed: density, scope",
+    ),
 }
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from loraloom.ops.search import search
     from loraloom.overview import cosines, summary
     from loraloom.probes.connectivity import connectivity
+    from loraloom.probes.forgetting import forgetting
     from loraloom.recipe import Recipe
     from loraloom.recipe import read as read_recipe
     from loraloom.run import train
@@ -66,6 +67,7 @@ _HOME = {
     "prune": "ops.prune",
     "search": "ops.search",
     "connectivity": "probes.connectivity",
+    "forgetting": "probes.forgetting",
     "Recipe": "recipe",
     "train": "run",
     "read_recipe": "recipe:read",
@@ -123,6 +125,7 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "evaluate",
     "Evaluation",
     "connectivity",
+    "forgetting",
     "summary",
     "cosines",
     "catalogue",

@@ -16,10 +16,10 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
@@ -79,6 +79,39 @@ class ProgressiveDropoutRecipe(_Strict):
 StrategyRecipe = Annotated[
     PlainRecipe | CoToRecipe | StochasticDepthRecipe | ProgressiveDropoutRecipe, Field(discriminator="name")
 ]
+
+
+class CalibrateRecipe(_Strict):
+    """How a run makes its own LoRI mask: from a run of all of B before it, or from gradients at the start.
+
+    ``steps`` and ``learning_rate`` are by default those of the run; ``examples`` takes the first ones only.
+    """
+
+    density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    scope: Literal["model", "layer", "projection", "module"] = "model"
+    by: Literal["training", "gradients"] = "training"
+    steps: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    examples: Annotated[int, Field(ge=1)] | None = None
+    exclude: tuple[Path, ...] = ()
+
+
+class LoRIRecipe(_Strict):
+    """LoRI: A frozen at random; of B what the mask keeps, or all of it without one (`loraloom.LoRI`).
+
+    ``start`` is ``reuse``, ``fresh``, or the folder of an adapter whose A is taken.
+    """
+
+    mask: Path | None = None
+    calibrate: CalibrateRecipe | None = None
+    start: str = "reuse"
+    shared: bool = False
+
+    @model_validator(mode="after")
+    def _one_mask(self) -> Self:
+        if self.mask is not None and self.calibrate is not None:
+            raise ValueError("mask and calibrate are two ways to the mask; give one")
+        return self
 
 
 class TrainRecipe(_Strict):
@@ -170,6 +203,9 @@ class Recipe(_Strict):
     strategy: StrategyRecipe = PlainRecipe()
     train: TrainRecipe = TrainRecipe()
     data: DataRecipe = DataRecipe()
+    lori: LoRIRecipe | None = None
+    continue_from: Path | None = None
+    protect: tuple[Path, ...] = ()
 
     @field_validator("output")
     @classmethod
@@ -177,6 +213,18 @@ class Recipe(_Strict):
         if not value.name:
             raise ValueError("a folder name is needed")
         return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.lori is not None and self.adapter.kind == "hira":
+            raise ValueError("lori goes with adapter.kind lora, rslora or dora; HiRA has no A and B of its kind")
+        if self.protect and self.lori is None:
+            raise ValueError("protect goes with lori: without it A is trained too, and nothing is protected")
+        told = {"kind", "rank", "alpha", "target_modules"} & self.adapter.model_fields_set
+        if self.continue_from is not None and told:
+            keys = ", ".join(f"adapter.{key}" for key in sorted(told))
+            raise ValueError(f"{keys}: the adapter of continue_from decides that; leave it out")
+        return self
 
     def plan(self) -> CoTo | ProgressiveDropout | None:
         """The training-time policy, or None for plain training."""
@@ -282,7 +330,7 @@ def _explain(error: ValidationError) -> str:
         allowed = _fields(first["loc"][:-1])
         return _unknown(where, place[-1], allowed)
     if first["type"] == "value_error":
-        return f"{where}: {first['ctx']['error']}"
+        return f"{where}: {first['ctx']['error']}".removeprefix(": ")
     if first["type"] == "missing":
         return f"{where} is missing"
     if first["type"].startswith("union_tag"):
@@ -317,5 +365,6 @@ def _fields(place: Sequence[str | int]) -> list[str]:
             model = _STRATEGIES[str(part)]
         elif part != "strategy":
             annotation = model.model_fields[str(part)].annotation
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+            inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+            model = next((kind for kind in inner if issubclass(kind, BaseModel)), model)
     return list(model.model_fields)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from loraloom.adapter import Adapter
-from loraloom.recipe import Recipe
+from loraloom.calibration import plan_of, told_of, trained_entries
+from loraloom.masks import MASK, Mask, save_mask
+from loraloom.recipe import Recipe, TrainRecipe
 from loraloom.registry import edge
 from loraloom.report import replace_file
 from loraloom.store import load, save
@@ -50,7 +52,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
     try:
         trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
     except (ValueError, OSError):
-        if not any(work.glob("checkpoint-*")):  # refused before the first step: nothing to go on with
+        if (
+            not any(work.rglob("checkpoint-*")) and not (work / MASK).exists()
+        ):  # refused before the first step: nothing to go on with
             shutil.rmtree(work)
         raise
     shutil.rmtree(work)
@@ -64,35 +68,54 @@ def bench_of(recipe: Recipe, task: str | None = None) -> Any:
 
 def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
     """Train on a model and task that are already loaded; the base is as before afterwards."""
-    fit, plan, chosen = edge("fit"), recipe.plan(), recipe.train
-    options = fit.FitOptions(
-        output=work,
-        seed=recipe.seed,
-        lr=chosen.learning_rate,
-        scheduler=chosen.schedule,
-        warmup=round(chosen.warmup * chosen.steps),
-        resume=resume,
-        progress=progress,
-        **chosen.model_dump(exclude={"learning_rate", "schedule", "warmup"}),
-    )
+    earlier = None if recipe.continue_from is None else load(recipe.continue_from)
+    strategy, fit = recipe.plan(), edge("fit")
     adapter_options = recipe.adapter.model_dump()
-    if isinstance(plan, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
-        adapter_options["dropout"] = plan.probability(0)
+    if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
+        adapter_options["dropout"] = strategy.probability(0)
     loss = bench.loss
-    with edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed) as model:
-        fitted = fit.fit(model, bench.training, collate=bench.collate, options=options, plan=plan, loss=loss)
+
+    def attached() -> Any:
+        return edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed, start=earlier)
+
+    def fitted(model: Any, folder: Path, examples: Any, changes: Mapping[str, Any]) -> Any:
+        chosen = recipe.train.model_copy(update=dict(changes))
+        plan = None if strategy is None else replace(strategy, total_steps=chosen.steps)
+        options = _fit_options(chosen, recipe.seed, folder, resume=resume, progress=progress)
+        return fit.fit(model, examples, collate=bench.collate, options=options, plan=plan, loss=loss)
+
+    lori = plan_of(recipe, bench, attached, fitted, work)
+    record: dict[str, Any] = {}
+    mask: Mask | None = None
+    with attached() as model:
+        if lori is not None:
+            start = edge("peft").from_model(model)
+            shapes = {name: (start.shape(name).out, start.shape(name).rank) for name in start.modules}
+            mask = trained_entries(lori, shapes)
+            lori.attach(model)
+            record["lori"] = told_of(lori, recipe, mask)
+        done = fitted(model, work, bench.training, {})
         adapter = edge("peft").from_model(model)
     provenance = {
         "operation": "train",
         "arguments": _arguments(recipe),
         "seed": recipe.seed,
-        "record": {"seconds": fitted.seconds, "log": [dict(entry) for entry in fitted.log_history]},
+        "record": {**record, "seconds": done.seconds, "log": [dict(entry) for entry in done.log_history]},
+        **({} if earlier is None else {"inputs": [earlier.provenance]}),
     }
     # PEFT knew the model by its folder on this machine; the adapter names it as the user did.
     config = {**adapter.config, "base_model_name_or_path": bench.name}
     made = Adapter(config, adapter.modules, adapter.extras, provenance)
-    save(made, recipe.output, overwrite=overwrite)
-    return Trained(load(recipe.output), recipe.output, fitted.seconds, fitted.log_history)
+    beside = None if mask is None else lambda folder: save_mask(mask, folder / MASK)
+    save(made, recipe.output, overwrite=overwrite, beside=beside)
+    return Trained(load(recipe.output), recipe.output, done.seconds, done.log_history)
+
+
+def _fit_options(chosen: TrainRecipe, seed: int, folder: Path, *, resume: bool, progress: bool) -> Any:
+    told = chosen.model_dump(exclude={"learning_rate", "schedule", "warmup"})
+    warmup = round(chosen.warmup * chosen.steps)
+    optimiser = {"lr": chosen.learning_rate, "scheduler": chosen.schedule, "warmup": warmup}
+    return edge("fit").FitOptions(output=folder, seed=seed, resume=resume, progress=progress, **optimiser, **told)
 
 
 def _finished(recipe: Recipe) -> Trained | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,14 @@ def _card(config: Mapping[str, Any], record: Mapping[str, Any], name: str, modul
     return "\n".join(lines) + "\n"
 
 
-def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command: str = "") -> Path:
+def save(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    beside: Callable[[Path], object] | None = None,
+) -> Path:
     """Write an ordinary PEFT folder with provenance and a model card; peak memory is that of one module.
 
     Where the configuration does not say the modules' scales, they are multiplied into B and alpha becomes the rank.
@@ -256,6 +263,7 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
         path: the new folder; its parents are made.
         overwrite: replace an adapter folder that is there.
         command: the command line, for the record.
+        beside: writes further files into the folder before it appears.
 
     Raises:
         FileExistsError: ``path`` is there, or holds more than an adapter, or another process was faster.
@@ -287,4 +295,6 @@ def save(adapter: Adapter, path: str | Path, *, overwrite: bool = False, command
         write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
         write_text(work / CARD, _card(config, record, target.name, len(ranks)))
         write_text(work / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if beside is not None:
+            beside(work)
     return target

@@ -50,6 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, recipe_content: dict) -> Pat
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def loraloom(world: Path) -> CommandLine:
     return CommandLine(world)

@@ -43,7 +43,16 @@ Plain = StrEnum("Plain", ["factors", "delta"])
 Extras = StrEnum("Extras", ["refuse", "average"])
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+probe = typer.Typer(
+    name="probe",
+    help="Analyses of adapters; each writes a result that `loraloom report` shows.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(probe)
+
+
+def command(name: str, on: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command whose wrong requests end in one line and exit status 2."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -59,7 +68,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 print(f"loraloom {name}: stopped{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None
 
-        return app.command(name)(run)
+        return on.command(name.rsplit(maxsplit=1)[-1])(run)
 
     return decorate
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraloom.adapter import Adapter
+from loraloom.integrations.peft import put_on
+
 
 @contextmanager
 def training(
@@ -21,6 +24,7 @@ def training(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     seed: int = 0,
+    start: Adapter | None = None,
 ) -> Iterator[Any]:
     """Attach a new adapter and yield the PeftModel; on leaving, the base is bare again, its weights untouched.
 
@@ -34,33 +38,20 @@ def training(
         dropout: of the adapters' input.
         target_modules: names, or ``all-linear``.
         seed: of the adapter's random start.
+        start: an adapter to go on with; it decides kind, rank, alpha and targets.
 
     Raises:
-        ValueError: no module of the model has such a name.
+        ValueError: no module of the model has such a name, or ``start`` does not fit the model.
     """
-    from peft import HiraConfig, LoraConfig, get_peft_model
-
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    if kind == "hira":
-        config: Any = HiraConfig(r=rank, target_modules=targets, hira_dropout=dropout)
-    else:
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-            lora_dropout=dropout,
-            target_modules=targets,
-            use_rslora=kind == "rslora",
-            use_dora=kind == "dora",
-        )
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks Transformers by an old name whether gradient checkpointing is on; not our user's concern.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise ValueError(f"adapter.target_modules: {' '.join(str(error).split())}") from None
+        if start is None:
+            adapted = _fresh(model, kind, rank, alpha, dropout, target_modules)
+        else:
+            adapted = put_on(model, start, lora_dropout=dropout, hira_dropout=dropout, inference_mode=False).train()
     was_training = model.training
     try:
         yield adapted
@@ -72,3 +63,25 @@ def training(
         for leftover in ("peft_config", "active_peft_config"):
             if hasattr(model, leftover):
                 delattr(model, leftover)
+
+
+def _fresh(model: nn.Module, kind: str, rank: int, alpha: float, dropout: float, modules: str | Sequence[str]) -> Any:
+    """A new adapter on the model."""
+    from peft import HiraConfig, LoraConfig, get_peft_model
+
+    targets = modules if isinstance(modules, str) else list(modules)
+    if kind == "hira":
+        config: Any = HiraConfig(r=rank, target_modules=targets, hira_dropout=dropout)
+    else:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            use_rslora=kind == "rslora",
+            use_dora=kind == "dora",
+        )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"adapter.target_modules: {' '.join(str(error).split())}") from None

@@ -75,7 +75,12 @@ def _peft_config(model: nn.Module, content: Mapping[str, Any]) -> Any:
     return kind(**chosen)
 
 
-def _put_on(model: nn.Module, adapter: Adapter) -> nn.Module:
+def put_on(model: nn.Module, adapter: Adapter, **changes: Any) -> nn.Module:
+    """Attach an adapter to a base model for good; ``changes`` replace entries of its configuration.
+
+    Raises:
+        AdapterMismatch: a module is missing in the model or has another size; names the first one.
+    """
     from peft import get_peft_model, set_peft_model_state_dict
 
     check_config(adapter.config, "configuration")
@@ -89,7 +94,7 @@ def _put_on(model: nn.Module, adapter: Adapter) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT 0.21 asks the model for a name that Transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            peft_model = get_peft_model(model, _peft_config(model, config), low_cpu_mem_usage=True)
+            peft_model = get_peft_model(model, _peft_config(model, {**config, **changes}), low_cpu_mem_usage=True)
         result: Any = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}") from error
@@ -147,7 +152,7 @@ def attached(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
         raise ValueError("the model already has adapters; attach to the base model (peft_model.unload() gives it)")
     snapshot = _Snapshot(model)
     try:
-        yield _put_on(model, adapter)
+        yield put_on(model, adapter)
     finally:
         snapshot.restore()
 

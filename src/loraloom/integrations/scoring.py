@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter
 from loraloom.integrations.backbones import load_backbone
+from loraloom.integrations.generation import answer_tokens, check_judge, is_free, judged
 from loraloom.integrations.peft import attached
 from loraloom.models import models
 from loraloom.registry import UnknownName
@@ -154,8 +155,11 @@ class Bench:
         """Prompts with the text of one choice each; labels are -100 but on the choice's tokens."""
         rows = []
         for example, choice in pairs:
-            answer = self.processor(" " + example.choices[choice], add_special_tokens=False)["input_ids"]
             text = self.task.prompt.format(content=example.content)
+            if is_free(self.task, example):
+                rows.append(answer_tokens(self.processor, text, example.choices[choice], self.max_length))
+                continue
+            answer = self.processor(" " + example.choices[choice], add_special_tokens=False)["input_ids"]
             prompt = self.processor(text, truncation=True, max_length=self.max_length - len(answer))["input_ids"]
             rows.append((prompt, answer))
         length = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -255,14 +259,17 @@ class Bench:
         if split not in self.task.splits:
             raise UnknownName("split", split, list(self.task.splits))
         examples = self.task.splits[split][:limit]
+        check_judge(self.task, examples, self.name, self.family)
         if self.family != "causal":
             _ = self.head  # made while the base is bare: it is of frozen features
         with attached(self.model, adapter) as model:
             training = model.training
             model.eval()
-            chosen = self.choose(model, examples)
+            if self.task.judge:
+                correct = judged(model, self.processor, self.task, examples, max_length=self.max_length)
+            else:
+                correct = self.choose(model, examples) == np.array([example.label for example in examples])
             model.train(training)
-        correct = chosen == np.array([example.label for example in examples])
         return Evaluation(self.task.name, split, accuracy(correct), tuple(bool(c) for c in correct))
 
 
@@ -358,7 +365,7 @@ def evaluate(
     name = model or (adapter.base if adapter is not None else "")
     if not name:
         raise ValueError("no base model is named; say which with --model")
-    data = _trained_with(adapter)
+    data = trained_with(adapter)
     made = bench(
         name,
         task,
@@ -368,7 +375,7 @@ def evaluate(
     return made.evaluate(adapter, split, limit)
 
 
-def _trained_with(adapter: Adapter | None) -> Mapping[str, Any]:
+def trained_with(adapter: Adapter | None) -> Mapping[str, Any]:
     """The data options of the (first) training run that an adapter comes from."""
     source: Any = adapter.provenance if adapter is not None else {}
     while isinstance(source, Mapping) and source.get("operation") != "train" and source.get("inputs"):

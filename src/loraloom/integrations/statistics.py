@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.integrations.peft import attached
-from loraloom.integrations.scoring import Bench, _trained_with, bench
+from loraloom.integrations.scoring import Bench, bench, trained_with
 from loraloom.layout import PREFIX
 from loraloom.measured import KINDS, Statistics
 from loraloom.registry import UnknownName
@@ -114,7 +114,7 @@ def bench_for(
     name = adapter.base if isinstance(model, str) and not model else model
     if isinstance(name, str) and not name:
         raise ValueError("no base model is named; say which with --model")
-    kept = {key: value for key, value in _trained_with(adapter).items() if key in ("image_size", "max_length")}
+    kept = {key: value for key, value in trained_with(adapter).items() if key in ("image_size", "max_length")}
     return bench(name, task, **{**kept, **options})
 
 

@@ -52,6 +52,8 @@ class Task:
         splits: examples of ``train``, ``validation`` and ``test``, disjoint, in a random order fixed by the seed.
         source: the package or data set that it comes from.
         licence: of the data, as far as known.
+        judge: name of the judge of generated answers (``judges.JUDGES``); empty where one of the choices is chosen.
+        max_new_tokens: length at which a generated answer is cut off.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Task:
     splits: Mapping[str, Sequence[Example]]
     source: str
     licence: str
+    judge: str = ""
+    max_new_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def load_task(
         found = hub_rows(name)
         known: dict[str, Any] = {"modality": found.modality, "licence": found.licence}
         known |= {"prompt": name.prompt, "source": name.dataset}
+        known |= {"judge": name.judge, "max_new_tokens": name.max_new_tokens}
         called, rows = f"hub:{name.dataset}", found.rows
     else:
         called, known, rows = name, dict(tasks[name].facts), tasks[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +14,33 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from loraloom.tasks import Example, Rows
-from loraloom.tasks.splits import PARTS, Row, normal
+from loraloom.tasks.judges import judge_of
+from loraloom.tasks.splits import PARTS, Row, components, normal
+
+_OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class HubTask:
     """Which data set, and what its columns mean; plain values, so that a recipe can carry it.
 
+    Example:
+        >>> HubTask("openai/gsm8k", config="main", content="question", answer="answer", judge="number").columns()
+        ('question', 'answer')
+
     Attributes:
         dataset: hub id, or a local folder (files of jsonl, csv, parquet or images, or made by ``save_to_disk``).
-        content: the column of the text or image; or a template over columns (``"{premise} {hypothesis}"``).
+        content: the column of the text or image; or a template over columns (``"{premise} {hypothesis}"``). A part
+            in double brackets is left out where the columns it names are empty (``"{question}[[ Hint: {hint}]]"``).
         label: the column of the right answer: a number (index into the labels or choices) or the answer itself.
         labels: the classes, in order; if not told, those of the column (its class names, else its sorted values).
         choices: the column of the possible answers where they differ: a list of strings, or a mapping with ``text``
             and, if the answer is told by name, ``label``.
+        answer: the column of a free-text answer, or a template over columns; ``label``, ``labels`` and ``choices`` are
+            not looked at then. Rows with the same content and different answers are all kept, in one part.
+        judge: what says whether a generated answer is right: a name of ``judges.JUDGES``. Without one, such a task can
+            be trained on but not evaluated.
+        max_new_tokens: length at which a generated answer is cut off.
         prompt: as in ``Task.prompt``.
         group: a column whose equal values bind rows together (a shared context).
         config: the data set's configuration, if it has several.
@@ -49,6 +63,17 @@ class HubTask:
     validation: str = "validation"
     test: str = "test"
     revision: str = ""
+    answer: str = ""
+    judge: str = ""
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.judge:
+            judge_of(self.judge)
+            if not self.answer:
+                raise ValueError(f"judge {self.judge!r} needs the answer: the column that the right answers stand in")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
     def columns(self) -> tuple[str, ...]:
         """The columns that are read.
@@ -57,10 +82,8 @@ class HubTask:
             >>> HubTask("glue", content="{premise} {hypothesis}", label="label").columns()
             ('premise', 'hypothesis', 'label')
         """
-        content = [self.content]
-        if "{" in self.content:
-            content = [field for _, field, _, _ in string.Formatter().parse(self.content) if field]
-        return tuple(dict.fromkeys([*content, self.label, *filter(None, (self.choices, self.group))]))
+        right = _fields(self.answer) if self.answer else [self.label, *filter(None, [self.choices])]
+        return tuple(dict.fromkeys([*_fields(self.content), *right, *filter(None, [self.group])]))
 
 
 class Found(NamedTuple):
@@ -86,7 +109,7 @@ def hub_rows(task: HubTask) -> Found:
             raise ValueError(f"data set {task.dataset}: there is no column {column!r}; columns: {', '.join(columns)}")
     features = parts["train"].features
     modality: Literal["text", "image"] = "image" if type(features.get(task.content)).__name__ == "Image" else "text"
-    labels = () if task.choices else task.labels or _labels(task, features[task.label], parts["train"])
+    labels = () if task.choices or task.answer else task.labels or _labels(task, features[task.label], parts["train"])
     rows: list[Row] = []
     where: list[tuple[str, int]] = []
     answers: list[tuple[tuple[str, ...], int]] = []
@@ -94,17 +117,19 @@ def hub_rows(task: HubTask) -> Found:
         plain = data.select_columns(list(task.columns()))
         for i, record in enumerate(_undecoded(plain, task.content) if modality == "image" else plain):
             choices, label = _answer(task, record, labels)
-            content = _digest(record[task.content]) if modality == "image" else normal(_text(task, record))
+            content = _digest(record[task.content]) if modality == "image" else normal(_text(task.content, record))
             bond = str(record[task.group]) if task.group else ("" if labels else content)
             asked = content if labels else "\0".join([content, *sorted(choices)])
             rows.append(Row(asked, choices[label], bond, "" if part == "train" else part))
             where.append((part, i))
             answers.append((choices, label))
+    if task.answer and task.group:
+        rows = _bound_by_content_too(rows)
 
     def make(k: int) -> Example:
         part, i = where[k]
         record = parts[part][i]
-        content = np.array(record[task.content].convert("RGB")) if modality == "image" else _text(task, record)
+        content = np.array(record[task.content].convert("RGB")) if modality == "image" else _text(task.content, record)
         return Example(content, *answers[k], group=rows[k].group)
 
     return Found(Rows(rows, make, labels), modality, parts["train"].info.license or "unknown")
@@ -163,6 +188,8 @@ def _labels(task: HubTask, feature: Any, train: Any) -> tuple[str, ...]:
 
 def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     """Choices of a record and the index of the right one."""
+    if task.answer:
+        return (_text(task.answer, record),), 0
     names: Sequence[str] = ()
     choices = labels
     if task.choices:
@@ -181,11 +208,31 @@ def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> t
     raise ValueError(f"data set {task.dataset}: label {value!r} is not among {', '.join(choices) or 'no choices'}")
 
 
-def _text(task: HubTask, record: dict[str, Any]) -> str:
-    """The content of a record as text."""
-    if "{" in task.content:
-        return task.content.format_map({name: str(value) for name, value in record.items()})
-    return str(record[task.content])
+def _bound_by_content_too(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, in groups that hold all rows of a content: it may have several answers in several groups."""
+    last = chr(0x10FFFF)  # a group's own name sorts before, so that it names the whole
+    bonds = ([*filter(None, [row.group]), last + row.content.partition("\0")[0]] for row in rows)
+    return [row._replace(group=name) for row, name in zip(rows, components(bonds), strict=True)]
+
+
+def _fields(told: str) -> list[str]:
+    """The columns that a column name or a template names."""
+    return [field for _, field, _, _ in string.Formatter().parse(told) if field] if "{" in told else [told]
+
+
+def _text(told: str, record: dict[str, Any]) -> str:
+    """A column of a record, or a template filled from it, as text."""
+    values = {name: "" if value is None else str(value) for name, value in record.items()}
+    if "{" not in told:
+        return values[told]
+
+    def part(found: re.Match[str]) -> str:
+        fields = _fields(found[1]) if "{" in found[1] else []
+        if not fields:
+            return found[0]
+        return found[1] if any(values[field].strip() for field in fields) else ""
+
+    return _OPTIONAL.sub(part, told).format_map(values)
 
 
 def _undecoded(data: Any, column: str) -> Any:
