@@ -48,7 +48,8 @@ def plan_of(recipe: Recipe, bench: Any, attached: Attached, fit: Callable[..., A
     earlier = None if recipe.continue_from is None else load(recipe.continue_from)
     start: str | Adapter = chosen.start if chosen.start in ("reuse", "fresh") else load(chosen.start)
     task = bench.task.name
-    first = LoRI(seed=recipe.seed, task=task, shared=chosen.shared, start=earlier or "reuse")
+    lent = earlier or (start if isinstance(start, Adapter) else None)
+    first = LoRI(seed=recipe.seed, task=task, shared=chosen.shared, start=lent or "reuse")
     mask = None if chosen.mask is None else load_mask(chosen.mask)
     if chosen.calibrate is not None:
         mask = _calibrated(chosen.calibrate, first, bench, attached, fit, work)
