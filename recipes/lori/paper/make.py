@@ -82,7 +82,8 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "saferpaca": {"dataset": "data/saferpaca", "content": ALPACA, "answer": "output", "prompt": "{content}"},
 }
 NOTES = {
-    "saferpaca": "# data/saferpaca is a local folder with train.jsonl: instruction, input, output. It is on no hub; put it together\n"
+    "saferpaca": "# data/saferpaca is a local folder with train.jsonl: instruction, input, output. It is on no hub; "
+    "put it together\n"
     "# from Alpaca-cleaned and about 2,000 safety examples (see README.md), and set train.steps to its size / 32.\n",
 }
 
