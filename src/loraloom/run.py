@@ -12,6 +12,7 @@ import yaml
 
 from loraloom.adapter import Adapter
 from loraloom.calibration import plan_of, told_of, trained_entries
+from loraloom.experts import as_stored
 from loraloom.masks import MASK, Mask, save_mask
 from loraloom.recipe import Recipe, TrainRecipe
 from loraloom.registry import edge
@@ -89,7 +90,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
     mask: Mask | None = None
     with attached() as model:
         if lori is not None:
-            start = edge("peft").from_model(model)
+            start = as_stored(edge("peft").from_model(model))
             shapes = {name: (start.shape(name).out, start.shape(name).rank) for name in start.modules}
             mask = trained_entries(lori, shapes)
             lori.attach(model)

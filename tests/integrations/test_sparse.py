@@ -254,6 +254,39 @@ def test_modules_of_which_nothing_is_kept(tmp_path: Path) -> None:
 # --- what A starts from -----------------------------------------------------------------------------------------------
 
 
+def test_the_parameters_of_a_mixture_of_experts() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, **sizes)
+
+    def mixture() -> PeftModel:
+        torch.manual_seed(0)
+        parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return get_peft_model(
+            MixtralForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+        )
+
+    def learn(model: PeftModel) -> Adapter:
+        chosen = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(3):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            chosen.step()
+            chosen.zero_grad()
+        return from_model(model)
+
+    dense = mixture()
+    LoRI(task="x").attach(dense)
+    trained = learn(dense)
+    mask = calibrate(trained, density=0.2)
+    assert "model.layers.0.mlp.experts" in mask and mask.kept == round(0.2 * mask.entries)
+    sparse = mixture()
+    LoRI(mask=mask, start=trained).attach(sparse)
+    assert trainable(sparse) == mask.kept
+    found = support(learn(sparse))
+    assert found.kept > 0.9 * mask.kept and found.overlap(mask) == 1, "an expert that no token meets stays at 0"
+
+
 def test_a_comes_from_the_seed_from_an_adapter_or_stays() -> None:
     first, second, other = every(), every(), every()
     LoRI(seed=3, task="x").attach(first)
