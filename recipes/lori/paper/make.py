@@ -83,7 +83,7 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "saferpaca": {"dataset": "data/saferpaca", "content": ALPACA, "answer": "output", "prompt": "{content}"},
 }
 NOTES = {
-    "saferpaca": "# data/saferpaca is a local folder with train.jsonl (instruction, input, output); it is on no hub: see\n"
+    "saferpaca": "# data/saferpaca is a local folder with train.jsonl (instruction, input, output); on no hub: see\n"
     "# README.md. Set train.steps to its size / 32.\n",
 }
 
