@@ -264,6 +264,21 @@ def test_a_long_prompt_keeps_its_end_and_leaves_room(tokenizer: Any) -> None:
     assert completions(model, tokenizer, [], max_new_tokens=8, max_length=100) == []
 
 
+def test_a_prompt_without_a_beginning_keeps_only_its_end(tokenizer: Any) -> None:
+    class Bare:
+        pad_token_id, eos_token_id, bos_token_id, decode = PAD, EOS, None, tokenizer.decode
+
+        def __call__(self, text: str, **ignored: Any) -> Any:
+            return tokenizer(text, add_special_tokens=False)
+
+    model = lively()
+    options = {"max_new_tokens": 8, "max_length": 6}
+    assert completions(model, Bare(), ["abc12+34="], **options) == completions(model, Bare(), ["12+34="], **options)
+    made = set_up(Bare(), made_task([("abc12+34", "46")]), max_length=10)
+    batch = made.collate(made.training)
+    assert batch["input_ids"][0].tolist() == Bare()("12+34= 46")["input_ids"] + [EOS]
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -317,3 +332,10 @@ def test_an_encoder_is_refused(tokenizer: Any) -> None:
     made = bench(BertModel(BertConfig(**size)), made_task([("1+1", "2")]), family="encoder", processor=tokenizer)
     with pytest.raises(ValueError, match=r"answers are generated, and BertModel \(encoder\) is no causal model"):
         made.evaluate(None)
+
+
+def test_fisher_information_of_free_answers_is_refused_not_zero(tokenizer: Any) -> None:
+    model = tiny_llama(vocab=3 + len(LETTERS))
+    made = set_up(tokenizer, made_task([("1+1", "2")]), model)
+    with pytest.raises(ValueError, match="Fisher information needs choices"):
+        ll.measure(adapter_of(model), made, kind="fisher")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
+from loraloom.integrations.generation import is_free
 from loraloom.integrations.peft import attached
 from loraloom.integrations.scoring import Bench, bench, trained_with
 from loraloom.layout import PREFIX
@@ -67,7 +68,7 @@ def measure(
     Raises:
         UnknownName: no such kind, space, choice of labels, or module.
         UnsupportedKind: a module whose inputs are no rows (``delta``: convolutions and embeddings).
-        ValueError: no model is named, no examples, or a module outside the adapter sees none.
+        ValueError: no model is named, no examples, free answers (``fisher``), or a module outside sees none.
 
     Example:
         >>> grams = ll.measure(ll.load("runs/digits"), "digits", limit=64)             # doctest: +SKIP
@@ -85,6 +86,8 @@ def measure(
     examples = made.training[:limit]
     if not examples:
         raise ValueError(f"task {made.task.name}: no training examples to measure on")
+    if kind == "fisher" and is_free(made.task, examples[0]):
+        raise ValueError(f"task {made.task.name}: Fisher information needs choices; its answers are free texts")
     names = list(adapter.modules) if modules is None else list(modules)
     if made.family != "causal":
         _ = made.head  # made while the base is bare: it is of frozen features
