@@ -14,7 +14,16 @@ from loraloom.tasks.easy_vqa import VALUES, attribute
 from loraloom.tasks.splits import PARTS, normal
 
 FACTS = {"modality": "text", "prompt": "Text: {content}\nClass:", "source": "made up", "licence": "none"}
-LIGHT = ("digits", "easy-vqa-colour", "easy-vqa-shape", "sent-amazon", "sent-movie", "sent-tweets", "topic-bbc")
+LIGHT = (
+    "digits",
+    "digits-policy",
+    "easy-vqa-colour",
+    "easy-vqa-shape",
+    "sent-amazon",
+    "sent-movie",
+    "sent-tweets",
+    "topic-bbc",
+)
 HEAVY = ("fashion-mnist", *SOURCES)
 
 
