@@ -254,6 +254,37 @@ def test_modules_of_which_nothing_is_kept(tmp_path: Path) -> None:
 # --- what A starts from -----------------------------------------------------------------------------------------------
 
 
+class Attends(nn.Module):
+    """PEFT merges and unmerges the adapter of such a layer in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attn(x, x, x)[0])
+
+
+def test_multihead_attention() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Attends(), LoraConfig(r=2, target_modules=["attn", "head"]))
+    shapes = {"attn": (24, 2), "attn.base_layer.out_proj": (8, 2), "head": (3, 2)}
+    mask = calibrate({name: torch.rand(*shape) for name, shape in shapes.items()}, density=0.3)
+    LoRI(mask=mask, start="fresh").attach(model)
+    assert trainable(model) == mask.kept
+    x = torch.randn(2, 5, 8)
+    chosen = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        chosen.step()
+        chosen.zero_grad()
+    state = get_peft_model_state_dict(model)
+    for name in shapes:
+        held = state[f"base_model.model.{name}.lora_B.weight"]
+        assert torch.equal(held != 0, mask[name]), name
+
+
 def test_the_parameters_of_a_mixture_of_experts() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
