@@ -28,11 +28,14 @@ def protected(path: Path) -> Mask:
     return support(load(path)) if path.is_dir() else load_mask(path)
 
 
-def plan_of(recipe: Recipe, bench: Any, attached: Attached, fit: Callable[..., Any], work: Path) -> LoRI | None:
+def plan_of(
+    recipe: Recipe, earlier: Adapter | None, bench: Any, attached: Attached, fit: Callable[..., Any], work: Path
+) -> LoRI | None:
     """The LoRI plan of a run; its mask is calibrated first where the recipe says so.
 
     Args:
         recipe: of the run.
+        earlier: the adapter that it goes on with.
         bench: model and task.
         attached: attaches the run's adapter to the model, fresh or as it is continued.
         fit: trains an attached model; called with the model, a folder for checkpoints, and the ``train`` options that
@@ -45,7 +48,6 @@ def plan_of(recipe: Recipe, bench: Any, attached: Attached, fit: Callable[..., A
     chosen = recipe.lori
     if chosen is None:
         return None
-    earlier = None if recipe.continue_from is None else load(recipe.continue_from)
     start: str | Adapter = chosen.start if chosen.start in ("reuse", "fresh") else load(chosen.start)
     task = bench.task.name
     lent = earlier or (start if isinstance(start, Adapter) else None)
@@ -85,23 +87,24 @@ def _calibrated(
     return mask
 
 
-def told_of(plan: LoRI, recipe: Recipe, trained: Mask | None) -> dict[str, Any]:
+def told_of(plan: LoRI, recipe: Recipe, earlier: Adapter | None, trained: Mask | None) -> dict[str, Any]:
     """What the record of a run says of its plan: where A is from, what was trained, how masks overlap.
 
     Args:
         plan: as carried out.
         recipe: of the run.
+        earlier: the adapter that it goes on with.
         trained: the entries that were trained; None for all.
     """
     told: dict[str, Any] = {"a": plan.origin}
-    if plan.start == "keep" and recipe.continue_from is not None:  # A is still what the earlier run drew
-        told["a"] = load(recipe.continue_from).provenance.get("record", {}).get("lori", {}).get("a")
+    if earlier is not None:  # A is still what that run drew
+        told["a"] = earlier.provenance.get("record", {}).get("lori", {}).get("a")
     if trained is not None:
         told |= {"kept": trained.kept, "entries": trained.entries, "density": trained.density}
     if plan.mask is not None:
         others = {str(path): mask for path, mask in zip(recipe.protect, plan.protect, strict=True)}
-        if recipe.continue_from is not None:
-            others.setdefault(str(recipe.continue_from), support(load(recipe.continue_from)))
+        if earlier is not None:
+            others.setdefault(str(recipe.continue_from), support(earlier))
         told["overlap"] = {name: plan.mask.overlap(other) for name, other in others.items()}
     return told
 

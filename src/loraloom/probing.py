@@ -35,16 +35,10 @@ def forgetting_report(
     """
     if len(phases) != len(tasks) or not phases:
         raise ValueError(f"{len(phases)} adapters and {len(tasks)} tasks; one task an adapter is needed, in order")
-    scoring = edge("scoring")
-    base = model or phases[0].base
-    if not base:
-        raise ValueError("no base model is named; say which with --model")
-    data = {key: value for key, value in scoring.trained_with(phases[0]).items() if key in ("image_size", "max_length")}
-    first = scoring.bench(base, tasks[0], **data)
-    benches = [first]
-    for task in tasks[1:]:  # the model is loaded once
-        options = {"family": first.family, "processor": first.processor}
-        benches.append(scoring.bench(first.model, task, **options, **data))
+    bench_for = edge("statistics").bench_for
+    first = bench_for(phases[0], tasks[0], model)
+    told = {"family": first.family, "processor": first.processor}
+    benches = [first, *(bench_for(phases[0], task, first.model, **told) for task in tasks[1:])]  # one model for all
     scores = {made.task.name: lambda adapter, made=made: made.evaluate(adapter, split, limit).value for made in benches}
     return report_of(forgetting(phases, scores), names or [f"phase {i + 1}" for i in range(len(phases))])
 
@@ -68,15 +62,9 @@ def report_of(found: Forgetting, names: Sequence[str]) -> Report:
         "FWT": "what earlier phases gave a task before its own, against the base",
     }
     table = Table("Summaries", ("figure", "value", "meaning"), tuple((k, v, means[k]) for k, v in told.items()))
-    lost = min(
-        (
-            (after - row[j], task)
-            for j, (task, row) in enumerate(zip(found.tasks, found.scores, strict=True))
-            for after in [found.scores[-1][j]]
-        ),
-        default=(0.0, ""),
-    )
-    worst = f"; most is lost on {lost[1]} ({lost[0]:+.3f})" if lost[0] < 0 else "; no task lost anything"
+    rest = zip(found.tasks, found.scores[-1], strict=True)
+    lost, where = min((last - found.scores[j][j], task) for j, (task, last) in enumerate(rest))
+    worst = f"; most is lost on {where} ({lost:+.3f})" if lost < 0 else "; no task lost anything"
     return Report(
         "Forgetting",
         f"After {len(names)} phases the tasks score {found.accuracy:.3f} on average{worst}.",

@@ -85,7 +85,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
         options = _fit_options(chosen, recipe.seed, folder, resume=resume, progress=progress)
         return fit.fit(model, examples, collate=bench.collate, options=options, plan=plan, loss=loss)
 
-    lori = plan_of(recipe, bench, attached, fitted, work)
+    lori = plan_of(recipe, earlier, bench, attached, fitted, work)
     record: dict[str, Any] = {}
     mask: Mask | None = None
     with attached() as model:
@@ -94,7 +94,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
             shapes = {name: (start.shape(name).out, start.shape(name).rank) for name in start.modules}
             mask = trained_entries(lori, shapes)
             lori.attach(model)
-            record["lori"] = told_of(lori, recipe, mask)
+            record["lori"] = told_of(lori, recipe, earlier, mask)
         done = fitted(model, work, bench.training, {})
         adapter = edge("peft").from_model(model)
     provenance = {

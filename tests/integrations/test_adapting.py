@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from loraloom.integrations.adapting import training
 from loraloom.integrations.backbones import load_backbone
@@ -82,3 +83,15 @@ def test_a_model_without_a_language_head_is_an_encoder():
 
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     assert load_backbone(BertModel(BertConfig(vocab_size=8, **size)), processor=object()).family == "encoder"
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_adapter_that_is_continued_leaves_the_mode_of_the_base(mode: bool) -> None:
+    base = nn.Sequential(nn.Linear(4, 3)).train(mode)
+    with training(base, rank=2, target_modules=["0"]) as model:
+        first = from_model(model)
+    with training(base, start=first) as model:
+        assert model.training == mode and [n for n, p in model.named_parameters() if p.requires_grad]
+        again = from_model(model)
+    assert base.training == mode
+    assert all(torch.equal(again.modules[n].A, f.A) for n, f in first.modules.items())

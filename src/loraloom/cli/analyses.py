@@ -53,6 +53,7 @@ def forgetting(
     from loraloom.probing import forgetting_report
     from loraloom.recipe import read_task
     from loraloom.report import replace_file
+    from loraloom.report.grid import grid
 
     if out.is_dir() or (out.exists() and not overwrite):
         raise FileExistsError(f"{out} exists; give another path or --overwrite")
@@ -64,14 +65,7 @@ def forgetting(
     if as_json:
         print(json.dumps(report.records[0]))
         return
-    rows = [
-        {"phase": phase, **dict(zip(report.records[0]["tasks"], scores, strict=True))}
-        for phase, scores in zip(
-            ["before", *names], [report.records[0]["before"], *report.records[0]["scores"]], strict=True
-        )
-    ]
-    table("score of each task after each phase", rows, as_json=False)
-    result({name: report.records[0][key] for name, key in _SUMMARIES.items()} | {"report": str(out)}, as_json=False)
-
-
-_SUMMARIES = {"ACC": "accuracy", "BWT": "backward", "FWT": "forward"}
+    matrix, summaries = report.panels
+    head, rows = grid(matrix)
+    table(matrix.title, [dict(zip(head, row, strict=True)) for row in rows], as_json=False)
+    result({str(row[0]): row[1] for row in grid(summaries)[1]} | {"report": str(out)}, as_json=False)

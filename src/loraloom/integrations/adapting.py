@@ -43,6 +43,7 @@ def training(
     Raises:
         ValueError: no module of the model has such a name, or ``start`` does not fit the model.
     """
+    was_training = model.training
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks Transformers by an old name whether gradient checkpointing is on; not our user's concern.
@@ -51,8 +52,8 @@ def training(
         if start is None:
             adapted = _fresh(model, kind, rank, alpha, dropout, target_modules)
         else:
-            adapted = put_on(model, start, lora_dropout=dropout, hira_dropout=dropout, inference_mode=False).train()
-    was_training = model.training
+            adapted = put_on(model, start, lora_dropout=dropout, hira_dropout=dropout, inference_mode=False)
+            adapted.train(was_training)
     try:
         yield adapted
     finally:
