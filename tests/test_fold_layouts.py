@@ -27,25 +27,10 @@ from loraloom.folding import fold
 from loraloom.safefile import Writer, sha256
 from loraloom.store import fingerprint, load, save
 from test_checkpoint import sharded, single
+from tiny import Convs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.arange(2, 14).view(2, 6)
-
-
-class Convs(nn.Module):
-    """Every layer kind that is stored with a shape of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 6)
-        self.conv1 = nn.Conv1d(6, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(1, 4, (3, 2), padding=1)
-        self.point = nn.Conv2d(4, 3, 1)
-        self.head = nn.Linear(3, 5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.conv1(self.embed(ids).transpose(1, 2))
-        return self.head(self.point(self.conv2(x[:, None]).relu()).mean((2, 3)))
 
 
 def drawn(model: nn.Module, seed: int = 0) -> nn.Module:

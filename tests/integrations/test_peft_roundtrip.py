@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.integrations.peft import attached, from_model
 from loraloom.store import load, save
-from tiny import tiny_llama
+from tiny import Convs, tiny_llama
 
 # PEFT 0.21 asks Transformers 5.23 for a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -38,22 +38,6 @@ def tiny_gpt2() -> nn.Module:
 
     config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     return _drawn(GPT2LMHeadModel(config), 1)
-
-
-class Convs(nn.Module):
-    """Every layer kind that is stored with a shape of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 6)
-        self.conv1 = nn.Conv1d(6, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(1, 4, (3, 2), padding=1)
-        self.point = nn.Conv2d(4, 3, 1)
-        self.head = nn.Linear(3, 5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.conv1(self.embed(ids).transpose(1, 2))
-        return self.head(self.point(self.conv2(x[:, None]).relu()).mean((2, 3)))
 
 
 def convs() -> nn.Module:
