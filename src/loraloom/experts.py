@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from loraloom.adapter import Adapter, Factors, Modules, Shape, padded
+from loraloom.modalities import packed_modalities
 
+_PART = re.compile(r"\[[^\[\]]+\]$")  # of several modules that are stored as one
 _EXPERT = re.compile(r"(?P<owner>.+)\[(?P<at>\d+)/(?P<of>\d+)\]")
 
 
@@ -27,8 +29,7 @@ def owner_of(name: str) -> str:
         >>> owner_of("layers.0.mlp.experts[3/8]"), owner_of("layers.0.q_proj")
         ('layers.0.mlp.experts', 'layers.0.q_proj')
     """
-    match = _EXPERT.fullmatch(name)
-    return match["owner"] if match else name
+    return _PART.sub("", name)
 
 
 def holds_experts(config: Mapping[str, Any], name: str) -> bool:
@@ -110,7 +111,9 @@ def packed(parts: Sequence[Factors | None], rank: int) -> Factors:
 
 
 def as_stored(adapter: Adapter) -> Adapter:
-    """The adapter with its experts packed, at the largest rank of any; itself if it has none."""
+    """The adapter as PEFT stores it: experts (at the largest rank of any) and MokA's modalities packed."""
+    if adapter.kind == "moka":
+        return packed_modalities(adapter)
     owners: dict[str, list[str]] = {}
     for name in adapter.modules:
         owners.setdefault(owner_of(name), []).append(name)

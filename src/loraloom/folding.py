@@ -39,6 +39,7 @@ def fold(
     weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     dtype: str | None = None,
     extras: str = "refuse",
+    text_only: bool = False,
     overwrite: bool = False,
     command: str = "",
 ) -> Path:
@@ -63,6 +64,7 @@ def fold(
         extras: trained biases and ``modules_to_save``, where several adapters hold some: ``refuse``, or ``average``:
             ``W + sum_i w_i (E_i - W)`` over the adapters that hold them. Those of a single adapter replace W, whatever
             its weight.
+        text_only: of MokA adapters, fold what they do to text; what they do to other modalities is lost.
         overwrite: replace a folder that loraloom wrote.
         command: the command line, for the record.
 

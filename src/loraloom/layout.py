@@ -22,6 +22,7 @@ from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
 from loraloom.experts import as_stored, holds_experts, owner_of, place_of, spread, unpacked
+from loraloom.modalities import MOKA, Stacked, modality_part, plan_of, spread_modalities, stored_shape
 
 PREFIX = "base_model.model."
 
@@ -91,9 +92,10 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     """The configuration, if it is one that factors can express; otherwise an error that says what is not."""
     if not isinstance(config, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
-    kind = str(config.get("peft_type", "none")).upper()
-    if kind not in ("LORA", "HIRA"):
-        raise UnsupportedKind(f"{where}: peft_type {config.get('peft_type')!r} is not supported; allowed: LORA, HIRA")
+    kind = config.get("peft_type")
+    if str(kind).upper() not in ("LORA", "HIRA", MOKA):
+        raise UnsupportedKind(f"{where}: peft_type {kind!r} is not supported; allowed: LORA, HIRA, {MOKA}")
+    plan_of(config, where)
     for key in _VARIANTS:
         if config.get(key):
             raise UnsupportedKind(f"{where}: {key} is set; adapters of that variant are not factors B and A alone")
@@ -125,9 +127,8 @@ def digest(config: Mapping[str, Any], names: Iterable[str]) -> str:
     chosen = {key: config.get(key) for key in _TARGETS}
     if isinstance(chosen["target_modules"], list | set | tuple):
         chosen["target_modules"] = sorted(chosen["target_modules"])
-    return hashlib.sha256(
-        json.dumps([chosen, sorted({owner_of(name) for name in names})], default=sorted, sort_keys=True).encode()
-    ).hexdigest()
+    told = json.dumps([chosen, sorted({owner_of(name) for name in names})], default=sorted, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, retarget: bool) -> dict[str, Any]:
@@ -158,9 +159,7 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
         new["r"] = usual
         new["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
         if _is_hira(config) and new["rank_pattern"]:
-            raise UnsupportedKind(
-                f"HiRA modules of different ranks {sorted(set(ranks.values()))}: PEFT cannot load them"
-            )
+            raise UnsupportedKind(f"HiRA modules of different ranks {sorted(set(ranks.values()))}: PEFT loads none")
         if not _is_hira(config):
             new.update(lora_alpha=usual, alpha_pattern=dict(new["rank_pattern"]), use_rslora=False)
     if retarget:
@@ -252,6 +251,8 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
         if part not in keys:
             raise ValueError(f"{what} has no {part}; factors come in pairs")
     a, b = source.shapes[keys["A"]], source.shapes[keys["B"]]
+    if plan := plan_of(config, source.where):
+        return stored_shape(plan, what, a, b)
     if len(a) < 2 or len(a) != len(b) or min(a + b) < 1:
         raise ValueError(f"{what}: A {a} and B {b} do not multiply to a matrix")
     if b[1] != a[0]:
@@ -276,9 +277,13 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
     if not parts:
         raise ValueError(f"{source.where}: holds no factors (lora_A, lora_B or hira_A, hira_B)")
     stored = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
-    shapes = spread(stored, {name: rank_of(config, name) for name in stored if holds_experts(config, name)})
+    plan = plan_of(config, source.where)
+    experts = {name: rank_of(config, name) for name in stored if holds_experts(config, name)}
+    shapes = spread(stored, experts) if plan is None else spread_modalities(plan, stored)
 
     def read(name: str) -> Factors:
+        if plan is not None:
+            return modality_part(plan, recent(owner_of(name)), name)
         at, of = place_of(name)
         return unpacked(recent(owner_of(name)), at, of) if of > 1 else whole(name)
 
@@ -287,7 +292,7 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
         a, b = tensors["A"], tensors["B"]
         if a.dtype not in _FLOATS or b.dtype not in _FLOATS:
             raise UnsupportedKind(f"{source.where}: module {name} is stored as {b.dtype}; allowed: 16 to 64 bit floats")
-        return Factors(
+        return (Factors if plan is None else Stacked)(
             B=b.flatten(1),
             A=a.flatten(1),
             scale=scale_of(config, name),
@@ -338,7 +343,7 @@ def module_tensors(config: Mapping[str, Any], name: str, factors: Factors) -> di
             raise AdapterMismatch(
                 f"module {name} has {'no' if held is None else 'a'} {part} but {switch}={config.get(switch)!r}"
             )
-    kind = str(config.get("peft_type", "LORA")).lower()
+    kind = "hira" if _is_hira(config) else "lora"
     ones = [1] * (len(factors.kernel) - 1 if factors.kernel else 0)
     end = "" if factors.embedding or kind == "hira" else ".weight"
     stem = f"{PREFIX}{name}.{kind}_" + ("embedding_" if factors.embedding else "")

@@ -39,6 +39,7 @@ def fold(
     extras: Annotated[
         Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")
     ] = Extras.refuse,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Of MokA adapters, what they do to text.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,6 +53,7 @@ def fold(
         weights=floats("--weights", weights) if weights else None,
         dtype=dtype.value if dtype else None,
         extras=extras.value,
+        text_only=text_only,
         overwrite=overwrite,
         command=written(),
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loraloom.adapter import Adapter, AdapterMismatch
 from loraloom.experts import as_stored
 from loraloom.layout import PREFIX, as_configured, check_config, from_state_dict, knows_targets, settled, to_state_dict
+from loraloom.modalities import MOKA, plan_of
 
 # Containers that torch.nn.Module keeps as attributes and changes in place; everything else is replaced as a whole.
 _CONTAINERS = (dict, set)
@@ -62,7 +63,11 @@ def _peft_config(model: nn.Module, content: Mapping[str, Any]) -> Any:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(str(content["peft_type"]).upper())]
+    kind: Any
+    if str(content["peft_type"]).upper() == MOKA:
+        from loraloom.integrations.modality import MokAConfig as kind
+    else:
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(str(content["peft_type"]).upper())]
     known = {field.name for field in dataclasses.fields(kind)}
     chosen = {key: value for key, value in content.items() if key in known and key != "peft_type"}
     for start in ("init_lora_weights", "init_weights"):
@@ -95,6 +100,10 @@ def put_on(model: nn.Module, adapter: Adapter, **changes: Any) -> nn.Module:
             # PEFT 0.21 asks the model for a name that Transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             peft_model = get_peft_model(model, _peft_config(model, {**config, **changes}), low_cpu_mem_usage=True)
+            if plan := plan_of(config):
+                from loraloom.integrations.modality import routed
+
+                routed(peft_model, plan)
         result: Any = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}") from error

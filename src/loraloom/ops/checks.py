@@ -24,6 +24,11 @@ def check_linear(adapter: Adapter, verb: str) -> None:
     """
     if adapter.kind == "dora":
         raise UnsupportedKind(f"cannot {verb} DoRA adapters: their magnitudes are not linear in the update")
+    if adapter.kind == "moka":
+        raise UnsupportedKind(
+            f"cannot {verb} MokA adapters: their update depends on each token's modality and on the text beside it"
+            + ("; --text-only (text_only=True) folds what they do to text" if verb == "fold" else "")
+        )
     if adapter.kind not in ("lora", "hira"):
         raise UnsupportedKind(f"cannot {verb} adapters of kind {adapter.kind!r}; allowed: lora, hira")
     start = str(adapter.config.get("init_lora_weights", "")).lower()
