@@ -10,7 +10,7 @@ share (copies, splits, limits) is done here. Data sets of the hub, or of a local
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,16 +27,18 @@ class Example:
     """One question with its possible answers.
 
     Attributes:
-        content: a text, or an image as uint8, height x width x 3.
+        content: a text, or an image as uint8, height x width x 3. Of a task with media beside the text, the text.
         choices: the possible answers, in words.
         label: index of the right one.
         group: what binds it to other examples (a shared context); such examples are always in the same split.
+        media: what stands beside the text, by modality: an ``image`` as above, ``audio`` as float32 at 16 kHz.
     """
 
     content: str | np.ndarray
     choices: tuple[str, ...]
     label: int
     group: str = ""
+    media: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Task:
         modality: what the content is.
         labels: the classes; empty where the choices differ from example to example.
         prompt: a template with ``{content}`` for causal language models; the answer follows after a space. For
-            images, which cannot stand in a text, a question without a place for the content.
+            images, which cannot stand in a text, a question without a place for the content. With media beside the
+            text, ``{media}`` is where they stand.
         splits: examples of ``train``, ``validation`` and ``test``, disjoint, in a random order fixed by the seed.
         source: the package or data set that it comes from.
         licence: of the data, as far as known.
@@ -57,7 +60,7 @@ class Task:
     """
 
     name: str
-    modality: Literal["text", "image"]
+    modality: Literal["text", "image", "image+text", "audio+text"]
     labels: tuple[str, ...]
     prompt: str
     splits: Mapping[str, Sequence[Example]]

@@ -34,6 +34,34 @@ FACTS: dict[str, Any] = {
 }
 
 
+@tasks.register("easy-vqa", prompt="{media}\nQuestion: {content}\nAnswer:", **{**FACTS, "modality": "image+text"})
+def easy_vqa() -> Rows:
+    """Questions about pictures of 64 x 64 pixels; 13 answers, of which yes and no are three quarters; own test part."""
+    images, told = _stored()
+    asked = [
+        (part, i, question, answer)
+        for part in images
+        for i, pairs in enumerate(told[part]["asked"])
+        for question, answer in pairs
+    ]
+    answers = ("yes", "no", *VALUES["shape"], *VALUES["colour"])
+    rows = [
+        Row(
+            f"{hashlib.sha256(images[part][i]).hexdigest()} {question}",
+            answer,
+            group=f"easy-vqa {part} {i}",
+            part="test" if part == "test" else "",
+        )
+        for part, i, question, answer in asked
+    ]
+
+    def make(k: int) -> Example:
+        part, i, question, answer = asked[k]
+        return Example(question, answers, answers.index(answer), rows[k].group, {"image": images[part][i]})
+
+    return Rows(rows, make, answers)
+
+
 @tasks.register("easy-vqa-shape", prompt="What shape is in the image?", **FACTS)
 def easy_vqa_shape() -> Rows:
     """The shape in a picture of 64 x 64 pixels; 3 classes, its own test part."""
@@ -75,10 +103,7 @@ def attribute(questions: Iterable[tuple[str, str]], values: tuple[str, ...]) -> 
 
 def _rows(kind: str) -> Rows:
     """Rows of one attribute; pictures whose answers leave it open are not there."""
-    folder = converted("tasks/easy-vqa", PACKAGE, _convert)
-    with np.load(folder / "images.npz") as stored:
-        images = {part: stored[part] for part in ("train", "test")}
-    told = json.loads((folder / "labels.json").read_text())
+    images, told = _stored()
     values = VALUES[kind]
     where = [(part, i) for part in images for i, value in enumerate(told[part][kind]) if value is not None]
     rows = [
@@ -98,11 +123,20 @@ def _rows(kind: str) -> Rows:
     return Rows(rows, make, values)
 
 
+def _stored() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Pictures by part, and what is asked and told of them."""
+    folder = converted("tasks/easy-vqa", PACKAGE, _convert, version=2)
+    with np.load(folder / "images.npz") as stored:
+        images = {part: stored[part] for part in ("train", "test")}
+    return images, json.loads((folder / "labels.json").read_text())
+
+
 def _convert(source: Path, target: Path) -> None:
-    """All pictures as two arrays, and what is in them."""
+    """All pictures as two arrays, what is asked of them, and what is in them."""
     from PIL import Image
 
-    images, told = {}, {}
+    images: dict[str, np.ndarray] = {}
+    told: dict[str, dict[str, list]] = {}
     for part in ("train", "test"):
         folder = source / FOLDER / part
         files = sorted((folder / "images").glob("*.png"), key=lambda path: int(path.stem))
@@ -111,5 +145,6 @@ def _convert(source: Path, target: Path) -> None:
         for question, answer, number in json.loads((folder / "questions.json").read_text()):
             asked[number].append((question, answer))
         told[part] = {kind: [attribute(asked[i], values) for i in asked] for kind, values in VALUES.items()}
+        told[part]["asked"] = list(asked.values())
     np.savez_compressed(target / "images.npz", train=images["train"], test=images["test"])
     (target / "labels.json").write_text(json.dumps(told))
