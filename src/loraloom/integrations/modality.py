@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,17 +15,41 @@ from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.routing import Router, current, generate, is_seq2seq
+from loraloom.registry import UnknownName
 from loraloom.strategies.modality import MokA
-from loraloom.strategies.rankspace import Routing, hidden
+from loraloom.strategies.rankspace import Routing, hidden, route
 
 KIND = "MOKA"
+_OF_THE_PLAN = ("r", "lora_alpha", "lora_dropout", "target_modules", "moka")
+_FREE = ("modules_to_save", "bias", "init_lora_weights", "trainable_token_indices", "exclude_modules", "inference_mode")
+_RECORDS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+_BY_LAYER = ("rank_pattern", "alpha_pattern", "runtime_config")
+_STARTS = (True, False, "gaussian")
 
 
 @dataclass
 class MokAConfig(LoraConfig):
-    """PEFT's configuration of a MokA adapter; written with a type of its own, so that plain PEFT refuses the folder."""
+    """PEFT's configuration of a MokA adapter; written with a type of its own, so that plain PEFT refuses the folder.
+
+    Raises:
+        UnsupportedKind: an option of PEFT's that would change what the layers compute.
+    """
 
     moka: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._register_custom_module({nn.Linear: MokALinear})
+        usual = LoraConfig()
+        for one in fields(LoraConfig):
+            value = getattr(self, one.name)
+            known = one.name in (*_OF_THE_PLAN, *_FREE, *_RECORDS, *_BY_LAYER)
+            if not known and value != getattr(usual, one.name):
+                raise UnsupportedKind(f"{one.name}={value!r} is not for MokA; allowed are {', '.join(_FREE)}")
+        if self.init_lora_weights not in _STARTS:
+            raise UnsupportedKind(
+                f"init_lora_weights={self.init_lora_weights!r} is not for MokA; allowed are {_STARTS}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``."""
@@ -33,88 +57,105 @@ class MokAConfig(LoraConfig):
 
 
 class MokALinear(LoraLinear):
-    """A LoRA layer of PEFT whose A holds one A a modality, one below the other."""
+    """A LoRA layer of PEFT whose A holds one A a modality, one below the other.
 
-    _moka: dict[str, MokA]  # by adapter name
-    _stream: Routing | None  # the tokens of an encoder: all of one modality
+    Several adapters in one layer must have one plan: they share the routing.
+    """
+
+    plan: MokA
+    stream: Routing | None = None  # the tokens of an encoder, all of one modality, need no other routing
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter: every A starts as PEFT starts one, B (several side by side) at 0."""
+        if not isinstance(config, MokAConfig):
+            raise UnsupportedKind(f"{adapter_name} is a {type(config).__name__}; a MokA layer takes MokA adapters only")
+        plan = MokA.from_json(config.moka)
+        if self.lora_A and plan != self.plan:
+            raise UnsupportedKind(f"{adapter_name} has another plan than the layer's first adapter: {self.plan}")
+        if r != plan.width:
+            raise UnsupportedKind(f"rank {r} for {kwargs.get('target_name')}: MokA has {plan.width} in every layer")
+        self.plan = plan
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        like: dict[str, Any] = {"bias": False, "device": a.weight.device, "dtype": a.weight.dtype}
+        self.lora_A[adapter_name] = nn.Linear(a.in_features, plan.rows, **like)
+        self.lora_B[adapter_name] = nn.Linear(plan.columns, b.out_features, **like)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus ``scale * B h``; without routing, or with that of other tokens, an error."""
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("MokA layers do not mix adapters in a batch (adapter_names)")
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+            raise UnsupportedKind("MokA layers do not mix adapters in a batch (adapter_names)")
+        base = result = self.base_layer(x, *args, **kwargs)
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not names:
             return result
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        routing = self._routing_of(x) if names else None
+        routing = (self.stream or current(x.shape[:-1])).on(x.device)
         for name in names:
-            a: Tensor = self.lora_A[name].weight  # type: ignore[assignment]
-            b: Any = self.lora_B[name]
-            entered = self.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
-            h = hidden(self._moka[name], a, entered, routing)  # type: ignore[arg-type]
-            result = (
-                result + self.scaling[name] * b(h.to(b.weight.dtype))
-                if b.bias is not None
-                else _added(result, h, b.weight, self.scaling[name])
-            )
-        return result
+            a: Any = self.lora_A[name]
+            stacked = a(self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype)))
+            result = result + self.lora_B[name](
+                self.scaling[name] * hidden(self.plan, stacked, routing)
+            )  # scaled where it is small
+        return result.to(base.dtype)
 
-    def _routing_of(self, x: Tensor) -> Routing:
-        if self._stream is not None:
-            types = self._stream.types.to(x.device).expand(x.shape[:2])
-            return Routing(types, plain=False)
-        return current(x.shape[:-1])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused: the update of a token depends on its modality and on the text."""
         raise UnsupportedKind(
             "a MokA adapter cannot be merged into the base weights: its update depends on each token's modality; "
             "`loraloom fold --text-only` folds what it does to text"
         )
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def unmerge(self) -> NoReturn:
         """Refused, as :meth:`merge`."""
         self.merge()
-        raise AssertionError
 
+    def get_delta_weight(self, adapter: str) -> NoReturn:
+        """Refused, as :meth:`merge`."""
+        self.merge()
 
-def _added(result: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
-    """result + scale * h B^T, as one product that adds up in place of three passes over the output."""
-    if torch.is_autocast_enabled(result.device.type) or result.dtype != b.dtype:
-        return result + (scale * (h.to(b.dtype) @ b.T)).to(result.dtype)
-    flat = torch.addmm(result.reshape(-1, result.shape[-1]), h.to(b.dtype).flatten(0, -2), b.T, alpha=scale)
-    return flat.view(result.shape)
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may turn it into a LoRA."""
+        return False
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        """The base layer; called by PEFT's ``unload``, after which the model needs no routing."""
+        if merge:
+            self.merge()
+        self._disable_adapters = True
+        return self.get_base_layer()
 
 
 # --- wrapping ---------------------------------------------------------------------------------------------------------
 def wrap(plan: MokA, model: nn.Module, target_modules: str | Sequence[str] = "all-linear", **options: Any) -> Any:
     """Put fresh MokA adapters on a model; see :meth:`MokA.wrap`."""
-    paths = _targets(model, target_modules)
+    for name in options:
+        if name in _OF_THE_PLAN:
+            raise ValueError(f"{name} is told by the plan (MokA(rank=, alpha=, dropout=)), not by an option")
+        if name not in {one.name for one in fields(LoraConfig)}:
+            raise UnknownName("option", name, [*_FREE])
     config = MokAConfig(
         r=plan.width,
         lora_alpha=plan.alpha,  # type: ignore[arg-type]
         lora_dropout=plan.dropout,
-        target_modules=paths,
+        target_modules=_targets(model, target_modules),
         moka=plan.to_json(),
         **{"task_type": None if is_seq2seq(model) else "CAUSAL_LM", **options},
     )
     return routed(get_peft_model(model, config), plan)
 
 
-def routed(peft_model: Any, plan: MokA, adapter_name: str = "default") -> Any:
-    """Make the LoRA layers of a PEFT model MokA layers, at their start, and put the hooks on; returns the model."""
+def routed(peft_model: Any, plan: MokA) -> Any:
+    """Put the hooks that route on a PEFT model with MokA layers; returns the model."""
     base = peft_model.get_base_model()
-    layers: dict[str, Any] = {
-        path: m for path, m in base.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r
-    }
-    for path, layer in layers.items():
-        if type(layer) is not LoraLinear:
+    tuned: dict[str, Any] = {path: m for path, m in base.named_modules() if isinstance(m, LoraLayer)}
+    for path, layer in tuned.items():
+        if not isinstance(layer, MokALinear):
             raise UnsupportedKind(f"{path} is a {type(layer).__name__} layer; MokA adapts linear layers")
-        _widen(layer, plan, adapter_name)
-        layer.__class__ = MokALinear
-        layer.__dict__.update(_moka={adapter_name: plan}, _stream=_stream_of(base, path, plan))
-    router = Router(plan, base, list(layers.values()))
-    for module in dict.fromkeys([peft_model, base]):
+        layer.stream = _stream_of(base, path, plan)
+    router = Router(plan, base, list(tuned.values()))
+    for module in (peft_model, base):
         module.register_forward_pre_hook(router.before, with_kwargs=True)
         module.register_forward_hook(router.after, with_kwargs=True, always_call=True)
     if hasattr(base, "generate"):
@@ -123,30 +164,14 @@ def routed(peft_model: Any, plan: MokA, adapter_name: str = "default") -> Any:
     return peft_model
 
 
-def _widen(layer: Any, plan: MokA, name: str) -> None:
-    """One A a modality below the other, each started as PEFT starts one; several B's side by side at 0."""
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    meta = {"device": a.weight.device, "dtype": a.weight.dtype}
-    if plan.rows != a.out_features:
-        layer.lora_A[name] = nn.Linear(a.in_features, plan.rows, bias=False, **meta)
-        layer.lora_A[name].weight.requires_grad_(a.weight.requires_grad)
-    if plan.columns != b.in_features:
-        layer.lora_B[name] = nn.Linear(plan.columns, b.out_features, bias=b.bias is not None, **meta)
-        for parameter in layer.lora_B[name].parameters():
-            nn.init.zeros_(parameter)
-            parameter.requires_grad_(b.weight.requires_grad)
-
-
 def _stream_of(model: nn.Module, path: str, plan: MokA) -> Routing | None:
     """For layers of an encoder-decoder that see the encoder's tokens: all of the one modality that it encodes."""
-    if not is_seq2seq(model):
-        return None
     of_encoder = "encoder" in path.split(".") or path.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
-    if not of_encoder:
+    if not is_seq2seq(model) or not of_encoder:
         return None
     if len(plan.groups) != 2:
         raise UnsupportedKind(f"the encoder of {type(model).__name__} has one modality, the plan {plan.groups[1:]}")
-    return Routing(torch.ones(1, 1, dtype=torch.long), plain=False)
+    return route(replace(plan, attention="none"), torch.ones(1, 1, dtype=torch.long))
 
 
 def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
@@ -160,7 +185,7 @@ def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
     return "", model
 
 
-def _targets(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
+def targets_in_text(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
     """Full paths of the linear layers to adapt, all of them in the language model."""
     prefix, _ = _language_model(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -183,11 +208,4 @@ def _targets(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
-def layers_of(peft_model: nn.Module) -> Iterator[tuple[str, MokALinear]]:
-    """The MokA layers of a model by path."""
-    for path, module in peft_model.named_modules():
-        if isinstance(module, MokALinear):
-            yield path, module
-
-
-__all__ = ["MokALinear", "Router", "layers_of", "routed", "wrap"]
+__all__ = ["MokALinear", "Router", "is_multimodal", "layers_of", "routed", "targets_in_text", "wrap"]

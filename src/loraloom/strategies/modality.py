@@ -6,8 +6,9 @@ The plan. What it does to tensors is in ``rankspace.py``, PEFT's layers and hook
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from loraloom.registry import UnknownName, edge
@@ -28,8 +29,9 @@ class MokA:
 
     Attributes:
         modalities: number of its A by name; 0 is the text's, names may share one (``{"image": 1, "video": 1}``).
-        rank: r, or one by name (with ``text``); B has as many columns as the largest.
-        alpha: the update is scaled by alpha / r.
+        rank: r, or one by name (with ``text``); B has as many columns as the largest, and two of different rank meet
+            in the columns that both have.
+        alpha: the update is scaled by alpha / r, of the largest r.
         dropout: of the input.
         attention: ``cross``: of the other modalities to the text; ``none``; ``uniform``: the mean of the text is added
             (the paper's "naive interaction"); ``text-as-query``: the text looks at each other modality instead.
@@ -40,8 +42,8 @@ class MokA:
         span: ids of the markers, for ``keys="span"``.
         logits: ``paper``: h h^T / sqrt(r); ``official``: times (alpha / r)^2, as the official audio-visual code has it.
         tokens: placeholder ids by name, where the model's configuration does not tell them.
-        own: what each modality has of its own: ``A`` is MokA; ``B`` is one A and several B's, ``both`` is uni-modal
-            LoRA, for comparison.
+        own: what each modality has of its own: ``A`` is MokA; ``B`` is one A and several B's; ``both``, with
+            ``attention="none"``, is uni-modal LoRA, for comparison.
         heads: the rank is taken as so many equal parts that attend separately: what a ``cat`` of adapters gives.
         active: names of the modalities (with ``text``) whose tokens get the update; None is all.
 
@@ -72,60 +74,85 @@ class MokA:
         for name, allowed in (("attention", ATTENTION), ("keys", KEYS), ("logits", LOGITS), ("own", OWN)):
             if getattr(self, name) not in allowed:
                 raise UnknownName(name, getattr(self, name), list(allowed))
-        places = sorted(set(self.modalities.values()))
-        if not places or "text" in self.modalities or places != list(range(1, len(places) + 1)):
-            raise ValueError(
-                f"modalities must number the A's of everything but the text from 1 on, got {dict(self.modalities)}"
-            )
-        for what in ("rank", "weight"):
-            told = getattr(self, what)
-            needed = {*self.modalities, *(["text"] if what == "rank" else [])}
-            if isinstance(told, Mapping) and set(told) != needed:
-                raise ValueError(f"{what} must be a number, or one for each of {', '.join(sorted(needed))}")
+        self._check_modalities()
+        self._check_names()
+        self._check_by_name("rank", lambda rank: _whole(rank) and rank >= 1, "a whole number of at least 1")
+        self._check_by_name("weight", _finite, "finite")
         self._check_numbers()
-        if self.keys == "span" and self.span is None:
-            raise ValueError("keys='span' needs span=(id of the start marker, id of the end marker)")
-        strange = {*(self.active or ()), *self.tokens} - {"text", *self.modalities}
-        if strange:
-            raise UnknownName("modality", min(strange), ["text", *self.modalities])
+        if self.keys == "span" or self.span is not None:
+            span = tuple(self.span) if isinstance(self.span, Sequence) else ()
+            if len(span) != 2 or span[0] == span[1] or not all(map(_whole, span)):
+                raise ValueError(f"span must be two different ids (start marker, end marker), got {self.span!r}")
+            object.__setattr__(self, "span", span)
+
+    def _check_modalities(self) -> None:
+        told = self.modalities
+        numbers = list(told.values()) if isinstance(told, Mapping) else []
+        if not all(map(_whole, numbers)) or set(numbers) != set(range(1, len(set(numbers)) + 1)) or not numbers:
+            raise ValueError(f"modalities must number the A's of everything but the text from 1 on, got {told!r}")
+        for name in told:
+            if not isinstance(name, str) or not name or name == "text" or any(sign in name for sign in ".+[]"):
+                raise ValueError(f"a modality may have any name but 'text', without any of . + [ ], got {name!r}")
+        object.__setattr__(self, "modalities", dict(told))
+
+    def _check_names(self) -> None:
+        if not isinstance(self.tokens, Mapping) or not all(map(_whole, self.tokens.values())):
+            raise ValueError(f"tokens must be ids by name, got {self.tokens!r}")
+        for name in self.tokens:
+            if name not in self.modalities:
+                raise UnknownName("tokens: modality", name, list(self.modalities))
+        if self.active is None:
+            return
+        on = (self.active,) if isinstance(self.active, str) else tuple(self.active)
+        object.__setattr__(self, "active", on)
+        for name in on:
+            if name not in ("text", *self.modalities):
+                raise UnknownName("active: modality", name, ["text", *self.modalities])
+        for group in self.groups:
+            if len({name in on for name in group.split("+")}) > 1:
+                raise ValueError(f"active must name all or none of {group}, which share an A, got {on!r}")
+
+    def _check_by_name(self, what: str, right: Callable[[Any], bool], allowed: str) -> None:
+        told = getattr(self, what)
+        needed = [*(["text"] if what == "rank" else []), *self.modalities]
+        if isinstance(told, Mapping) and set(told) != set(needed):
+            raise ValueError(f"{what} must be a number, or one for each of {', '.join(needed)}, got {dict(told)}")
+        if not all(map(right, told.values() if isinstance(told, Mapping) else [told])):
+            raise ValueError(f"{what} must be {allowed}, got {told!r}")
+        for name, number in self.modalities.items() if isinstance(told, Mapping) else ():
+            first = self.groups[number].split("+")[0]
+            if told[name] != told[first]:
+                raise ValueError(f"{name} shares its A with {first}, so their {what} must be the same")
 
     def _check_numbers(self) -> None:
-        for name, number in self.modalities.items():
-            if self._rank(name) != self.ranks[number] or self._weight(name) != self.weights[number]:
-                raise ValueError(f"{name} shares its A with another modality, so rank and weight must be the same")
-        if not all(isinstance(r, int) and r >= 1 for r in self.ranks):
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not all(math.isfinite(w) for w in self.weights) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"weight and alpha must be finite and alpha above 0, got {self.weight!r}, {self.alpha!r}")
-        if len(set(self.ranks)) > 1 and (self.own == "B" or self.heads > 1):
-            raise ValueError("several ranks need an A for each modality and one head")
-        if self.heads < 1 or self.width % self.heads:
+        if not _finite(self.alpha) or self.alpha <= 0:
+            raise ValueError(f"alpha must be finite and above 0, got {self.alpha!r}")
+        if not _finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if not _whole(self.heads) or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads must divide the rank {self.width}, got {self.heads!r}")
+        if len(set(self.ranks)) > 1 and (self.own == "B" or self.heads > 1):
+            raise ValueError("several ranks need an A for each modality (own='A' or 'both') and one head")
 
-    def _rank(self, name: str) -> int:
-        return self.rank[name] if isinstance(self.rank, Mapping) else self.rank
-
-    def _weight(self, name: str) -> float:
-        return float(self.weight[name] if isinstance(self.weight, Mapping) else self.weight)
-
-    @property
+    @cached_property
     def groups(self) -> tuple[str, ...]:
-        """What has an A of its own, by number: ``text``, then the names that share each."""
-        count = max(self.modalities.values())
-        others = ["+".join(n for n, at in self.modalities.items() if at == i) for i in range(1, count + 1)]
-        return ("text", *others)
+        """What has an A of its own, by number: ``text``, then the names that share each, with ``+``."""
+        numbers = range(1, max(self.modalities.values()) + 1)
+        return ("text", *("+".join(name for name, at in self.modalities.items() if at == i) for i in numbers))
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """The rank of each A, by number."""
-        return tuple(self._rank(name.split("+")[0]) for name in self.groups)
+        rank = self.rank
+        return tuple(rank[name.split("+")[0]] if isinstance(rank, Mapping) else rank for name in self.groups)
 
-    @property
+    @cached_property
     def weights(self) -> tuple[float, ...]:
-        """lambda by number; that of the text is 1 and counts where the text is the query."""
-        return (1.0, *(self._weight(name.split("+")[0]) for name in self.groups[1:]))
+        """lambda by number; the text's, 1, is never used."""
+        weight, others = self.weight, self.groups[1:]
+        return (1.0, *(float(weight[n.split("+")[0]] if isinstance(weight, Mapping) else weight) for n in others))
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of B."""
         return max(self.ranks)
@@ -147,8 +174,11 @@ class MokA:
 
     def to_json(self) -> dict[str, Any]:
         """What the adapter's configuration holds under ``moka``."""
-        told = asdict(self) | {"modalities": dict(self.modalities), "tokens": dict(self.tokens)}
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in told.items()}
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {
+            key: dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+            for key, value in told.items()
+        }
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> MokA:
@@ -157,11 +187,9 @@ class MokA:
         Raises:
             ValueError: a key is missing or not known, or a value is not allowed.
         """
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in told.items()}
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"moka: {str(error).split('__init__() ')[-1]}") from None
+        if strange := sorted(set(told) - {one.name for one in fields(cls)}):
+            raise UnknownName("moka: key", strange[0], [one.name for one in fields(cls)])
+        return cls(**{"modalities": {}, **told})
 
     def wrap(self, model: Any, target_modules: str | Sequence[str] = "all-linear", **options: Any) -> Any:
         """Put fresh adapters on a Transformers model: a ``PeftModel`` whose routing finds itself from the inputs.
@@ -175,3 +203,11 @@ class MokA:
             ValueError: a layer is outside of the language model, or the model's tokens cannot be told apart.
         """
         return edge("modality").wrap(self, model, target_modules, **options)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,13 @@ class Lookup:
         index: places of the tokens that are looked at, batch x keys; rows that have fewer are filled up.
         bias: 0 where a token may look, -inf where not: batch x 1 x (1 or tokens) x keys.
         gain: weight of what it finds, 0 for tokens that look at nothing: batch x tokens x 1.
+        sharp: factor of the logits.
     """
 
     index: Int[Tensor, "batch keys"]
     bias: Float[Tensor, "batch 1 queries keys"]
     gain: Float[Tensor, "batch tokens 1"]
+    sharp: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,22 @@ class Routing:
     plain: bool
     lookups: tuple[Lookup, ...] = ()
     live: Float[Tensor, "batch tokens 1"] | None = None
+    elsewhere: dict[torch.device, Routing] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Routing:
+        """The same on a device, copied once."""
+        if self.types.device == device:
+            return self
+        if device not in self.elsewhere:
+            lookups = tuple(
+                replace(one, index=one.index.to(device), bias=one.bias.to(device), gain=one.gain.to(device))
+                for one in self.lookups
+            )
+            live = None if self.live is None else self.live.to(device)
+            self.elsewhere[device] = replace(
+                self, types=self.types.to(device), lookups=lookups, live=live, elsewhere={}
+            )
+        return self.elsewhere[device]
 
 
 class RoutingError(ValueError):
@@ -90,48 +109,60 @@ def route(
         if given is not None and given.shape != types.shape:
             raise RoutingError(f"{name} is {tuple(given.shape)}, the tokens are {tuple(types.shape)}; give one a token")
     other = types > 0
-    live = None
-    if plan.active is not None:
-        names = {0: "text", **{at: name for name, at in plan.modalities.items() if name in plan.active}}
-        on = torch.tensor([names.get(i) in plan.active for i in range(len(plan.groups))], device=types.device)
-        live = on[types.clamp(min=0)][..., None].float()
     looked = _looked_at(plan, types, labels, question, ids, segments, prompt)
-    pairs = [] if plan.attention == "none" or plan.own == "B" else [(other, looked)]
-    if plan.attention == "text-as-query" and pairs:
-        pairs = [(looked, types == number) for number in range(1, len(plan.groups))]
-    widths = [keys.sum(1).max() for _, keys in pairs]
+    asked = _asked(plan, types, looked)
+    widths = [keys.sum(1).max() for _, _, keys in asked]
     lonely = (other.any(1) & ~looked.any(1)).any()
-    some, alone, *most = torch.stack([other.any().long(), lonely.long(), *widths]).tolist()
-    if some and past and ((plan.keys == "prompt" and question is None) or alone):
+    some, alone, *sizes = torch.stack([other.any().long(), lonely.long(), *widths]).tolist()
+    if asked and some and past and (alone or (plan.keys == "prompt" and question is None)):
         raise RoutingError(
             f"tokens of another modality come after {past} cached ones, apart from the text that they look at; "
             "give the whole prompt in one forward pass (no prefill_chunk_size, no reused cache)"
         )
+    if asked and alone and plan.keys == "span" and question is None:
+        raise RoutingError(f"a row has tokens of another modality and no text between the markers {plan.span}")
     types = types.clamp(min=0)
+    live = None
+    if plan.active is not None:
+        on = [group.split("+")[0] in plan.active for group in plan.groups]
+        live = torch.tensor(on, device=types.device)[types][..., None].float()
     if not some:
         return Routing(types, plain=True, live=live)
-    weights = torch.tensor(plan.weights, device=types.device)
     lookups = [
-        _lookup(who, keys, size, weights[types if plan.attention != "text-as-query" else number + 1], segments)
-        for number, ((who, keys), size) in enumerate(zip(pairs, most, strict=True))
+        _lookup(plan, number, who, keys, size, segments)
+        for (number, who, keys), size in zip(asked, sizes, strict=True)
         if size
     ]
     return Routing(types, False, tuple(lookups), live)
 
 
-def _lookup(who: Tensor, keys: Tensor, size: int, weight: Tensor, segments: Tensor | None) -> Lookup:
+def _asked(plan: MokA, types: Tensor, looked: Tensor) -> list[tuple[int | Tensor, Tensor, Tensor]]:
+    """Number(s) of the modality, who looks and what is looked at, for each lookup."""
+    numbers = range(1, len(plan.groups))
+    if plan.attention == "none":
+        return []
+    if plan.attention == "text-as-query":
+        return [(number, looked, types == number) for number in numbers]
+    if len(set(plan.ranks)) == 1:  # all in one
+        return [(types.clamp(min=0), types > 0, looked)]
+    return [(number, types == number, looked) for number in numbers]
+
+
+def _lookup(plan: MokA, number: int | Tensor, who: Tensor, keys: Tensor, size: int, segments: Tensor | None) -> Lookup:
     """Packed keys, and who may look at them."""
     index = keys.long().argsort(dim=1, descending=True, stable=True)[:, :size]
     there = keys.gather(1, index)[:, None]
-    reached = who & keys.any(1, keepdim=True)
     if segments is not None:
         there = there & (segments[:, :, None] == segments.gather(1, index)[:, None])
-        reached = who & there.any(2)
-        there = there | ~there.any(2, keepdim=True)  # a row of -inf alone would be NaN; its gain is 0
-    else:
-        there = there | ~there.any(2, keepdim=True)
-    bias = torch.zeros(there.shape, device=who.device).masked_fill_(~there, -math.inf)
-    return Lookup(index, bias[:, None], (reached * weight)[..., None].float())
+    reached = there.any(2)
+    # a row of -inf alone would be NaN; nothing of it is used
+    bias = torch.zeros(there.shape, device=who.device).masked_fill_(~there & reached[..., None], -math.inf)
+    weight = torch.tensor(plan.weights, device=who.device)[number]
+    rank = plan.ranks[0] if isinstance(number, Tensor) else min(plan.ranks[0], plan.ranks[number])
+    sharp = 0.0 if plan.attention == "uniform" else (rank / plan.heads) ** -0.5
+    if plan.logits == "official":
+        sharp *= plan.scale**2
+    return Lookup(index, bias[:, None], (weight * (who & reached))[..., None], sharp)
 
 
 def _looked_at(
@@ -152,9 +183,9 @@ def _looked_at(
     if plan.keys == "span":
         if ids is None or plan.span is None:
             raise RoutingError("keys='span' finds its markers in input_ids; give them, or question_mask")
-        start, end = plan.span
-        opened = (ids == start).cumsum(1) - (ids == end).cumsum(1) > 0
-        return text & opened & (ids != start)
+        started, ended = (_last(ids == marker) for marker in plan.span)
+        inside = text & (started > ended) & (ids != plan.span[0])
+        return inside if labels is None else inside & (labels == NO_LABEL)
     if labels is not None:
         text = text & (_since_start((labels != NO_LABEL).long(), segments) == 0)
     if prompt is not None:
@@ -163,6 +194,12 @@ def _looked_at(
         later = _since_start((types > 0).long().flip(1), None if segments is None else -segments.flip(1)).flip(1)
         text = text & (later == 0)
     return text
+
+
+def _last(here: Tensor) -> Tensor:
+    """Where the last such token of a row was, up to each token; -1 before the first."""
+    places = torch.arange(here.shape[1], device=here.device)
+    return torch.where(here, places, -1).cummax(1).values
 
 
 def _since_start(counts: Tensor, segments: Tensor | None) -> Tensor:
@@ -189,21 +226,26 @@ def segments_of(positions: Int[Tensor, "batch tokens"], pads: Bool[Tensor, "batc
 
 
 def hidden(
-    plan: MokA, a: Float[Tensor, "rows in"], x: Float[Tensor, "batch tokens in"], routing: Routing
+    plan: MokA, stacked: Float[Tensor, "batch tokens rows"], routing: Routing
 ) -> Float[Tensor, "batch tokens columns"]:
     """What B is applied to: the tokens in the rank space, after their look at the text (eq. 4 to 12).
 
     With several B's (``own``) a token stands in the columns of its own.
 
+    Args:
+        plan: the adapter's.
+        stacked: what the A's of all modalities make of each token, side by side.
+        routing: of the same tokens.
+
     Example:
         >>> plan = MokA({"image": 1}, rank=1, attention="none")
-        >>> a, x = torch.tensor([[1.0], [10.0]]), torch.tensor([[[1.0], [2.0]]])
-        >>> hidden(plan, a, x, Routing(torch.tensor([[0, 1]]), plain=False)).flatten()
+        >>> stacked = torch.tensor([[[1.0, 10.0], [2.0, 20.0]]])
+        >>> hidden(plan, stacked, Routing(torch.tensor([[0, 1]]), plain=False)).flatten()
         tensor([ 1., 20.])
     """
-    h = _chosen(plan, a, x, routing)
-    for lookup in routing.lookups:
-        h = _looked_up(plan, h, lookup, routing)
+    h = _chosen(plan, stacked, routing)
+    if routing.lookups:
+        h = _after_looking(plan, h, routing.lookups)
     if routing.live is not None:
         h = h * routing.live.to(h.dtype)
     if plan.own == "A":
@@ -212,40 +254,34 @@ def hidden(
     return (place[..., None] * h[..., None, :]).flatten(2)
 
 
-def _chosen(plan: MokA, a: Tensor, x: Tensor, routing: Routing) -> Tensor:
+def _chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
     """A_m x of each token, with zeros up to the width of B."""
-    if plan.own == "B":
-        return F.linear(x, a)
     ranks, width = plan.ranks, plan.width
+    if plan.own == "B":
+        return stacked
+    parts = stacked.split(ranks, -1)
     if routing.plain:
-        return F.pad(F.linear(x, a[: ranks[0]]), (0, width - ranks[0]))
-    stacked = F.linear(x, a)
+        parts = parts[:1]
     if len(set(ranks)) > 1:
-        stacked = torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in stacked.split(ranks, -1)], -1)
-    if len(ranks) == 2:
-        return torch.where(routing.types[..., None] > 0, stacked[..., width:], stacked[..., :width])
-    place = routing.types[..., None, None].expand(-1, -1, 1, width)
-    return stacked.unflatten(-1, (len(ranks), width)).gather(2, place).squeeze(2)
+        parts = tuple(F.pad(part, (0, width - part.shape[-1])) for part in parts)
+    h, types = parts[0], routing.types[..., None]
+    for number, part in enumerate(parts[1:], start=1):
+        h = torch.where(types == number, part, h)
+    return h
 
 
-def _looked_up(plan: MokA, h: Tensor, lookup: Lookup, routing: Routing) -> Tensor:
-    """h with what each token finds in the rank space, in float32."""
-    place = lookup.index[..., None].expand(-1, -1, h.shape[-1])
-    heads = (plan.heads, plan.width // plan.heads)
+def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
+    """h with what each token finds in the rank space; float64 stays so, all else looks in float32."""
     with torch.autocast(h.device.type, enabled=False):
-        wide = h.float()
-        query, key = wide, wide.gather(1, place)
-        sharp = plan.scale**2 if plan.logits == "official" else 1.0
-        sharp *= 0.0 if plan.attention == "uniform" else 1.0
-        if len(set(plan.ranks)) > 1:
-            shared = [min(rank, plan.ranks[0]) for rank in plan.ranks]
-            root = torch.tensor(shared, device=h.device).rsqrt()[routing.types][..., None]
-            query = query * (root if plan.attention != "text-as-query" else heads[1] ** -0.5)
-        else:
-            sharp *= heads[1] ** -0.5
-        query, key = (part.unflatten(-1, heads).transpose(1, 2) for part in (query, key))
-        found = F.scaled_dot_product_attention(query, key, key, attn_mask=lookup.bias, scale=sharp)
-        return (wide + lookup.gain * found.transpose(1, 2).flatten(2)).to(h.dtype)
+        wide = h if h.dtype == torch.float64 else h.float()
+        total = wide
+        for lookup in lookups:
+            keys = wide.gather(1, lookup.index[..., None].expand(-1, -1, plan.width))
+            query, key = (part.unflatten(-1, (plan.heads, -1)).transpose(1, 2) for part in (wide, keys))
+            bias = lookup.bias.to(wide.dtype)
+            found = F.scaled_dot_product_attention(query, key, key, attn_mask=bias, scale=lookup.sharp)
+            total = total + lookup.gain.to(wide.dtype) * found.transpose(1, 2).flatten(2)
+        return total.to(h.dtype)
 
 
 __all__ = ["Lookup", "MokA", "Routing", "RoutingError", "hidden", "route", "segments_of"]
