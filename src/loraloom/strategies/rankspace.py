@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from loraloom.strategies.modality import MokA
@@ -84,6 +84,7 @@ def route(
     segments: Int[Tensor, "batch tokens"] | None = None,
     prompt: int | None = None,
     past: int = 0,
+    strange: Mapping[int, str] | None = None,
 ) -> Routing:
     """The routing of one forward pass; waits for the device once.
 
@@ -96,9 +97,11 @@ def route(
         segments: numbers that do not fall along a row: tokens look only at text of their own segment (packing).
         prompt: columns of the prompt, where later ones were generated.
         past: tokens in the cache before these.
+        strange: what to say of types that the plan does not have.
 
     Raises:
-        RoutingError: a modality would be separated from its keys, or what ``plan.keys`` needs is not there.
+        RoutingError: a modality would be separated from its keys, what ``plan.keys`` needs is not there, or a type is
+            none of the plan's.
 
     Example:
         >>> types = torch.tensor([[1, 1, 0, 0]])
@@ -108,12 +111,19 @@ def route(
     for name, given in (("labels", labels), ("question_mask", question), ("segment_ids", segments)):
         if given is not None and given.shape != types.shape:
             raise RoutingError(f"{name} is {tuple(given.shape)}, the tokens are {tuple(types.shape)}; give one a token")
-    other = types > 0
-    looked = _looked_at(plan, types, labels, question, ids, segments, prompt)
+    missing = _missing(plan, question, ids)
+    looked = types == TEXT if missing else _looked_at(plan, types, labels, question, ids, segments, prompt)
     asked = _asked(plan, types, looked)
     widths = [keys.sum(1).max() for _, _, keys in asked]
-    lonely = (other.any(1) & ~looked.any(1)).any()
-    some, alone, *sizes = torch.stack([other.any().long(), lonely.long(), *widths]).tolist()
+    lonely = ((types > 0).any(1) & ~looked.any(1)).any()
+    low, high, alone, *sizes = torch.stack([*types.aminmax(), lonely.long(), *widths]).tolist()
+    if low < PAD or high >= len(plan.groups):
+        outside = high if high >= len(plan.groups) else low
+        allowed = f"types go from {PAD} (padding) to {len(plan.groups) - 1}, of {', '.join(plan.groups)}"
+        raise RoutingError((strange or {}).get(outside, f"a token of type {outside}; {allowed}"))
+    some = high > 0
+    if asked and some and missing:
+        raise RoutingError(missing)
     if asked and some and past and (alone or (plan.keys == "prompt" and question is None)):
         raise RoutingError(
             f"tokens of another modality come after {past} cached ones, apart from the text that they look at; "
@@ -121,19 +131,50 @@ def route(
         )
     if asked and alone and plan.keys == "span" and question is None:
         raise RoutingError(f"a row has tokens of another modality and no text between the markers {plan.span}")
-    types = types.clamp(min=0)
-    live = None
-    if plan.active is not None:
-        on = [group.split("+")[0] in plan.active for group in plan.groups]
-        live = torch.tensor(on, device=types.device)[types][..., None].float()
     if not some:
-        return Routing(types, plain=True, live=live)
+        return text_only(plan, types)
     lookups = [
         _lookup(plan, number, who, keys, size, segments)
         for (number, who, keys), size in zip(asked, sizes, strict=True)
         if size
     ]
-    return Routing(types, False, tuple(lookups), live)
+    types = types.clamp(min=TEXT)
+    return Routing(types, False, tuple(lookups), _live(plan, types))
+
+
+def text_only(plan: MokA, like: Shaped[Tensor, "batch tokens ..."]) -> Routing:
+    """The routing of a forward pass without other modalities; does not wait for the device.
+
+    Example:
+        >>> text_only(MokA({"image": 1}), torch.ones(1, 3)).types
+        tensor([[0, 0, 0]])
+    """
+    types = torch.zeros(like.shape[:2], dtype=torch.long, device=like.device)
+    return Routing(types, plain=True, live=_live(plan, types))
+
+
+def _live(plan: MokA, types: Tensor) -> Tensor | None:
+    if plan.active is None:
+        return None
+    on = [float(group.split("+")[0] in plan.active) for group in plan.groups]
+    return _valued(on, types)[..., None]
+
+
+def _valued(values: Sequence[float], types: Tensor) -> Tensor:
+    """The value of each token's type, without a table that would be copied to the device."""
+    found = torch.full(types.shape, values[TEXT], device=types.device)
+    for number, value in enumerate(values[1:], start=1):
+        found.masked_fill_(types == number, value)
+    return found
+
+
+def _missing(plan: MokA, question: Tensor | None, ids: Tensor | None) -> str | None:
+    """What to say if there is anything to look up and not what tells where."""
+    if plan.keys == "explicit" and question is None:
+        return "keys='explicit' needs question_mask, batch x tokens, in every forward pass"
+    if plan.keys == "span" and question is None and ids is None:
+        return "keys='span' finds its markers in input_ids; give them, or question_mask"
+    return None
 
 
 def _asked(plan: MokA, types: Tensor, looked: Tensor) -> list[tuple[int | Tensor, Tensor, Tensor]]:
@@ -157,7 +198,7 @@ def _lookup(plan: MokA, number: int | Tensor, who: Tensor, keys: Tensor, size: i
     reached = there.any(2)
     # a row of -inf alone would be NaN; nothing of it is used
     bias = torch.zeros(there.shape, device=who.device).masked_fill_(~there & reached[..., None], -math.inf)
-    weight = torch.tensor(plan.weights, device=who.device)[number]
+    weight = _valued(plan.weights, number) if isinstance(number, Tensor) else plan.weights[number]
     rank = plan.ranks[0] if isinstance(number, Tensor) else min(plan.ranks[0], plan.ranks[number])
     sharp = 0.0 if plan.attention == "uniform" else (rank / plan.heads) ** -0.5
     if plan.logits == "official":
@@ -178,11 +219,7 @@ def _looked_at(
     text = types == TEXT
     if question is not None:
         return text & question.bool()
-    if plan.keys == "explicit":
-        raise RoutingError("keys='explicit' needs question_mask, batch x tokens, in every forward pass")
-    if plan.keys == "span":
-        if ids is None or plan.span is None:
-            raise RoutingError("keys='span' finds its markers in input_ids; give them, or question_mask")
+    if plan.span is not None and ids is not None and plan.keys == "span":
         started, ended = (_last(ids == marker) for marker in plan.span)
         inside = text & (started > ended) & (ids != plan.span[0])
         return inside if labels is None else inside & (labels == NO_LABEL)
@@ -284,4 +321,4 @@ def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
         return total.to(h.dtype)
 
 
-__all__ = ["Lookup", "MokA", "Routing", "RoutingError", "hidden", "route", "segments_of"]
+__all__ = ["Lookup", "MokA", "Routing", "RoutingError", "hidden", "route", "segments_of", "text_only"]
