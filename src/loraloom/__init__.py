@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraloom.checkpoint import base_weights
     from loraloom.extraction import extract
     from loraloom.folding import fold
+    from loraloom.integrations.peft import attach
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
     from loraloom.integrations.soup import learn_weights
     from loraloom.integrations.sparse import gradient_scores
@@ -37,12 +38,14 @@ if TYPE_CHECKING:
     from loraloom.overview import cosines, summary
     from loraloom.probes.connectivity import connectivity
     from loraloom.probes.forgetting import forgetting
+    from loraloom.probes.partial_modality import partial_modality
     from loraloom.recipe import Recipe
     from loraloom.recipe import read as read_recipe
     from loraloom.run import train
     from loraloom.serving import export
     from loraloom.store import load, save
     from loraloom.strategies.dropout import ProgressiveDropout
+    from loraloom.strategies.modality import MokA
     from loraloom.strategies.progressive import CoTo
     from loraloom.strategies.sparse import LoRI, calibrate
     from loraloom.tasks import load_task
@@ -55,6 +58,7 @@ _HOME = {
     "export": "serving",
     "catalogue": "listing",
     **dict.fromkeys(["Evaluation", "bench", "evaluate", "score"], "integrations.scoring"),
+    "attach": "integrations.peft",
     "learn_weights": "integrations.soup",
     "measure": "integrations.statistics",
     **dict.fromkeys(["load_statistics", "save_statistics"], "measured"),
@@ -68,11 +72,13 @@ _HOME = {
     "search": "ops.search",
     "connectivity": "probes.connectivity",
     "forgetting": "probes.forgetting",
+    "partial_modality": "probes.partial_modality",
     "Recipe": "recipe",
     "train": "run",
     "read_recipe": "recipe:read",
     **dict.fromkeys(["load", "save"], "store"),
     "ProgressiveDropout": "strategies.dropout",
+    "MokA": "strategies.modality",
     "CoTo": "strategies.progressive",
     **dict.fromkeys(["LoRI", "calibrate"], "strategies.sparse"),
     **dict.fromkeys(["Mask", "load_mask", "save_mask", "support"], "masks"),
@@ -88,6 +94,7 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "UnsupportedKind",
     "load",
     "save",
+    "attach",
     "concat",
     "truncate",
     "merge",
@@ -109,6 +116,7 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "CoTo",
     "ProgressiveDropout",
     "CoToCallback",
+    "MokA",
     "LoRI",
     "calibrate",
     "Mask",
@@ -126,6 +134,7 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "Evaluation",
     "connectivity",
     "forgetting",
+    "partial_modality",
     "summary",
     "cosines",
     "catalogue",

@@ -17,6 +17,7 @@ from torch import Tensor
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, is_finite
 from loraloom.checkpoint import INDEX, Checkpoint, as_matrix
 from loraloom.folders import refuse_taken, whole_folder, write_text
+from loraloom.modalities import text_only as of_text
 from loraloom.ops.checks import Weights, check_linear, checked_weights
 from loraloom.ops.merge import effective
 from loraloom.registry import UnknownName
@@ -73,7 +74,8 @@ def fold(
 
     Raises:
         AdapterMismatch: a module or parameter that the base does not have, or has in another size.
-        UnsupportedKind: a quantised base or weight, a tied embedding, a start that moves the base weights.
+        UnsupportedKind: a quantised base or weight, a tied embedding, a start that moves the base weights; MokA without
+            ``text_only``, or another kind with it.
         FileExistsError: ``out`` is there.
         ValueError: weights that do not fit, or a result that is not finite (fp16 overflows at 65504).
 
@@ -92,6 +94,8 @@ def fold(
     target = Path(out).resolve()
     kind: Any = {"overwrite": overwrite, "mark": RECORD, "what": "a folder that loraloom wrote"}
     refuse_taken(target, **kind)
+    if text_only:
+        adapters = [of_text(adapter) for adapter in adapters]
     given = checked_weights([1.0] * len(adapters) if weights is None else weights, adapters)
     if dtype is not None and dtype not in _SHORT:
         raise UnknownName("dtype", dtype, list(_SHORT))
@@ -108,7 +112,7 @@ def fold(
             pool.shutdown(cancel_futures=True)
         inputs = [dict(adapter.provenance) for adapter in adapters]
         inputs.append({"name": checkpoint.folder.absolute().name, "sha256": read})
-        arguments = {"weights": given, "dtype": dtype, "extras": extras}
+        arguments = {"weights": given, "dtype": dtype, "extras": extras, **({"text_only": True} if text_only else {})}
         made = {"operation": "fold", "arguments": arguments, "inputs": inputs}
         record = written_as(Adapter({}, {}, provenance=made), command, hashes)
         record["sha256"] = {name: digest for name, (_, digest) in written.items()}

@@ -251,10 +251,15 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
         if part not in keys:
             raise ValueError(f"{what} has no {part}; factors come in pairs")
     a, b = source.shapes[keys["A"]], source.shapes[keys["B"]]
-    if plan := plan_of(config, source.where):
-        return stored_shape(plan, what, a, b)
     if len(a) < 2 or len(a) != len(b) or min(a + b) < 1:
         raise ValueError(f"{what}: A {a} and B {b} do not multiply to a matrix")
+    for part, switch in (("bias", "lora_bias"), ("magnitude", "use_dora")):
+        if bool(config.get(switch)) != (part in keys):
+            raise ValueError(f"{what} has {'a' if part in keys else 'no'} {part} but {switch}={config.get(switch)!r}")
+        if part in keys and math.prod(source.shapes[keys[part]]) != b[0]:
+            raise ValueError(f"{what}: {part} {source.shapes[keys[part]]} does not have {b[0]} entries")
+    if plan := plan_of(config, source.where):
+        return stored_shape(plan, what, a, b)
     if b[1] != a[0]:
         if len(a) > 2 and a[0] % b[1] == 0:
             raise UnsupportedKind(f"{what} is a grouped convolution (A {a}, B {b}); not supported")
@@ -262,11 +267,6 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
     ranks = (rank_of(config, name), _matched(config.get("rank_pattern"), name, None))
     if a[0] not in ranks and not (holds_experts(config, name) and a[0] % rank_of(config, name) == 0):
         raise ValueError(f"{what} has rank {a[0]} but the configuration says {rank_of(config, name)}")
-    for part, switch in (("bias", "lora_bias"), ("magnitude", "use_dora")):
-        if bool(config.get(switch)) != (part in keys):
-            raise ValueError(f"{what} has {'a' if part in keys else 'no'} {part} but {switch}={config.get(switch)!r}")
-        if part in keys and math.prod(source.shapes[keys[part]]) != b[0]:
-            raise ValueError(f"{what}: {part} {source.shapes[keys[part]]} does not have {b[0]} entries")
     return Shape(b[0], math.prod(a[1:]), a[0])
 
 

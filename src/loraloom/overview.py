@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraloom.adapter import Adapter, AdapterMismatch
+from loraloom.experts import as_stored
 from loraloom.strategies.units import group
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
     """Kind, base, sizes and the Frobenius norm of the update, in all and by layer.
 
-    For HiRA the norm is that of B A, for DoRA that of the update before the magnitudes.
+    For HiRA the norm is that of B A, for DoRA that of the update before the magnitudes, for MokA that of every
+    modality's B A, whatever it then finds in the text.
 
     Example:
         >>> import torch
@@ -27,6 +29,8 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         squares[name] = factors.inner(factors)
         parameters += factors.A.numel() + factors.B.numel()
         ranks.add(factors.rank)
+    if adapter.kind == "moka":  # its modalities share B
+        parameters = sum(layer.A.numel() + layer.B.numel() for layer in as_stored(adapter).modules.values())
     layers = [
         {"layer": unit, "modules": len(names), "norm": math.sqrt(max(sum(squares[name] for name in names), 0.0))}
         for unit, names in group(list(squares), "layer").items()

@@ -15,6 +15,7 @@ from loraloom.folders import refuse_taken, whole_folder
 from loraloom.registry import UnknownName
 from loraloom.store import CONFIG, load, save
 
+_FOLD = "fold it into the base model (loraloom fold)"
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_FIELDS = (
     *("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "r", "lora_alpha", "target_modules"),
@@ -91,7 +92,8 @@ def export(
 
 def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None) -> Adapter:
     if adapter.kind != "lora":
-        raise UnsupportedKind(f"vLLM loads no {adapter.kind} adapters; fold it into the base model (loraloom fold)")
+        how = "what it does to text alone folds (loraloom fold --text-only)" if adapter.kind == "moka" else _FOLD
+        raise UnsupportedKind(f"vLLM loads no {adapter.kind} adapters; {how}")
     copied = [f"{name}.weight" for name in adapter.modules if name.rpartition(".")[2] in _VLLM_COPIED]
     whole = [path for path in adapter.extras if path not in copied]
     if whole or adapter.config.get("lora_bias"):

@@ -46,10 +46,11 @@ _LOADERS = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_MULTIMODAL = {"CAUSAL_LM": "AutoModelForMultimodalLM"}
 
 
 def load(path: str | Path) -> Adapter:
-    """Open a PEFT folder (LoRA, rsLoRA, DoRA, HiRA) lazily: only the configuration and the header are read now.
+    """Open a PEFT folder (LoRA, rsLoRA, DoRA, HiRA, MokA) lazily: only the configuration and the header are read now.
 
     A convolution's A is held as r x (in * kernel), with ``kernel``. An embedding's delta is embedding_dim x
     num_embeddings, the transpose of its weight. ``fan_in_fan_out`` changes nothing: delta is always out x in.
@@ -224,18 +225,27 @@ def _card(config: Mapping[str, Any], record: Mapping[str, Any], name: str, modul
     kind = str(config["peft_type"]).lower()
     tags = [*([f"base_model:adapter:{base}"] if base else []), kind, *(["dora"] if config.get("use_dora") else [])]
     front = [f"base_model: {json.dumps(base)}"] if base else []
-    front += ["library_name: peft", "tags:", *(f"- {json.dumps(tag)}" for tag in [*tags, "loraloom"])]
+    front += [
+        f"library_name: {'loraloom' if kind == 'moka' else 'peft'}",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in [*tags, "loraloom"]),
+    ]
     inputs = [f"- `{node.get('name')}`, sha256 `{node.get('sha256')}`" for node in record.get("inputs", [])]
     made = [f"Operation: `{record['operation']}`", ""] if record.get("operation") else []
     made += [f"Command: `{record['command']}`", ""] if record["command"] else []
     loader = _LOADERS.get(str(config.get("task_type")), "AutoModel")
+    attached = f"PeftModel.from_pretrained(model, {json.dumps(name)})"
+    needed = "from peft import PeftModel"
+    if kind == "moka":  # PEFT alone does not know it
+        loader = _MULTIMODAL.get(str(config.get("task_type")), "AutoModelForSpeechSeq2Seq")
+        attached, needed = f"ll.attach(model, {json.dumps(name)})", "import loraloom as ll"
     load_it = [
         "```python",
-        "from peft import PeftModel",
+        needed,
         f"from transformers import {loader}",
         "",
         f"model = {loader}.from_pretrained({json.dumps(base or 'BASE MODEL')})",
-        f"model = PeftModel.from_pretrained(model, {json.dumps(name)})",
+        f"model = {attached}",
         "```",
     ]
     what = f"{'DoRA' if config.get('use_dora') else kind.upper()} adapter of {modules} modules"

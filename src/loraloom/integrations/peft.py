@@ -6,21 +6,23 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapter import Adapter, AdapterMismatch
+from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.experts import as_stored
 from loraloom.layout import PREFIX, as_configured, check_config, from_state_dict, knows_targets, settled, to_state_dict
 from loraloom.modalities import MOKA, plan_of
+from loraloom.store import load
 
 # Containers that torch.nn.Module keeps as attributes and changes in place; everything else is replaced as a whole.
 _CONTAINERS = (dict, set)
 
 
-class _Snapshot:
+class Snapshot:
     """All that attaching may change on a base model, by reference, and the way back.
 
     Weights are not copied: PEFT puts its layers around those of the model and, loaded by assignment, replaces whole
@@ -105,6 +107,8 @@ def put_on(model: nn.Module, adapter: Adapter, **changes: Any) -> nn.Module:
 
                 routed(peft_model, plan)
         result: Any = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
+    except UnsupportedKind:
+        raise
     except (KeyError, RuntimeError, ValueError) as error:
         raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, error)}") from error
     stray = [*result.unexpected_keys, *(name for name, value in peft_model.named_parameters() if value.is_meta)]
@@ -155,15 +159,53 @@ def attached(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
     if adapter is None:
         yield model
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("the model already has adapters; attach to the base model (peft_model.unload() gives it)")
-    snapshot = _Snapshot(model)
+    snapshot = _bare(model)
     try:
         yield put_on(model, adapter)
     finally:
         snapshot.restore()
+
+
+def attach(model: nn.Module, adapter: Adapter | str | Path, *, trainable: bool = False) -> Any:
+    """Put an adapter on a base model to stay, for inference or to go on training it: what loads MokA adapters.
+
+    What PEFT loads it loads by itself too (``PeftModel.from_pretrained``); a MokA adapter needs this.
+
+    Args:
+        model: the base model, without adapters; it is changed.
+        adapter: a folder, or an adapter in memory.
+        trainable: its parameters and whole saved modules may be trained.
+
+    Returns:
+        A ``PeftModel`` in evaluation mode. It saves, resumes in a Trainer and takes callbacks as any other.
+
+    Raises:
+        AdapterMismatch: it does not fit the model, which then is as it was.
+        ValueError: the model has adapters already.
+
+    Example:
+        >>> from loraloom.adapter import Factors
+        >>> one = Adapter({"peft_type": "LORA"}, {"0": Factors(B=torch.ones(3, 1), A=torch.ones(1, 2))})
+        >>> live = attach(nn.Sequential(nn.Linear(2, 3)), one, trainable=True)
+        >>> [tuple(parameter.shape) for parameter in live.parameters() if parameter.requires_grad]
+        [(1, 2), (3, 1)]
+    """
+    held = adapter if isinstance(adapter, Adapter) else load(adapter)
+    snapshot = _bare(model)
+    try:
+        return put_on(model, held, inference_mode=not trainable)
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _bare(model: nn.Module) -> Snapshot:
+    """The way back to a model that has no adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model already has adapters; attach to the base model (peft_model.unload() gives it)")
+    return Snapshot(model)
 
 
 def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:

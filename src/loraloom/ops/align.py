@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, is_finite
+from loraloom.ops.checks import check_gauge
 from loraloom.registry import UnknownName
 
 GAUGES = ("orthogonal", "invertible")
@@ -31,7 +32,7 @@ def align(adapter: Adapter, to: Adapter, *, by: str = "invertible") -> Adapter:
     magnitudes and whole tensors do not depend on the gauge and stay.
 
     Args:
-        adapter: the one to bring near, of any kind.
+        adapter: the one to bring near, of any kind but MokA.
         to: the one to come near to.
         by: ``invertible`` or ``orthogonal``.
 
@@ -42,6 +43,7 @@ def align(adapter: Adapter, to: Adapter, *, by: str = "invertible") -> Adapter:
     Raises:
         AdapterMismatch: a module differs in size or rank (see :func:`loraloom.ops.compress.compress` for ranks).
         UnknownName: ``by`` is neither.
+        UnsupportedKind: MokA, whose attention sees the factors themselves.
 
     Example:
         >>> one = Factors(B=torch.tensor([[1.0], [2.0]]), A=torch.tensor([[3.0, 1.0]]))
@@ -53,6 +55,7 @@ def align(adapter: Adapter, to: Adapter, *, by: str = "invertible") -> Adapter:
     """
     if by not in GAUGES:
         raise UnknownName("by", by, list(GAUGES))
+    check_gauge(adapter, "align")
     for name in adapter.modules:
         if name in to.modules and adapter.shape(name) != to.shape(name):
             raise AdapterMismatch(f"{name}: {adapter.shape(name)} does not align to {to.shape(name)}")

@@ -24,11 +24,12 @@ def check_linear(adapter: Adapter, verb: str) -> None:
     """
     if adapter.kind == "dora":
         raise UnsupportedKind(f"cannot {verb} DoRA adapters: their magnitudes are not linear in the update")
-    if adapter.kind == "moka":
+    if verb == "fold" and adapter.kind == "moka":
         raise UnsupportedKind(
-            f"cannot {verb} MokA adapters: their update depends on each token's modality and on the text beside it"
-            + ("; --text-only (text_only=True) folds what they do to text" if verb == "fold" else "")
+            "cannot fold MokA adapters: their update depends on each token's modality and on the text beside it; "
+            "--text-only (text_only=True) folds what they do to text"
         )
+    check_gauge(adapter, verb)
     if adapter.kind not in ("lora", "hira"):
         raise UnsupportedKind(f"cannot {verb} adapters of kind {adapter.kind!r}; allowed: lora, hira")
     start = str(adapter.config.get("init_lora_weights", "")).lower()
@@ -36,6 +37,20 @@ def check_linear(adapter: Adapter, verb: str) -> None:
         raise UnsupportedKind(
             f"cannot {verb} an adapter with init_lora_weights={start!r}: its update is relative to base weights that"
             " this start has moved; convert it first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+
+
+def check_gauge(adapter: Adapter, verb: str, how: str = "") -> None:
+    """Refuse MokA where the factors would become others of the same product, or each modality's would by themselves.
+
+    Raises:
+        UnsupportedKind: says what is allowed.
+    """
+    if adapter.kind == "moka":
+        raise UnsupportedKind(
+            f"cannot {verb} MokA adapters{how}: the modalities of a layer share B, and attention sees A x; allowed"
+            " are merging by linear (in factors or delta) and cat at no chosen rank, interpolate, scale, subtract, and"
+            " pruning whole layers or modules"
         )
 
 

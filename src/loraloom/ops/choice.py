@@ -12,7 +12,7 @@ import torch
 from loraloom.adapter import Adapter
 from loraloom.ops.merge import module_generator
 from loraloom.registry import UnknownName
-from loraloom.strategies.units import group, role, tower
+from loraloom.strategies.units import base_path, group, role, tower
 
 KEEPS = ("every-other", "low", "middle", "high")
 SCOPES = ("model", "layer", "projection", "module")
@@ -156,7 +156,7 @@ def _by_projection(names: Sequence[str], modules: str | Sequence[str]) -> set[st
     wanted = [part.strip() for part in (modules.split(",") if isinstance(modules, str) else modules)]
     kept: set[str] = set()
     for projection in wanted:
-        found = [name for name in names if projection in (role(name), name.split(".")[-1])]
+        found = [name for name in names if projection in (role(name), base_path(name).split(".")[-1])]
         if not found:
             raise UnknownName("projection", projection, sorted({role(name) for name in names}))
         kept.update(found)

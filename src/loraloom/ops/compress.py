@@ -11,6 +11,7 @@ from typing import Any
 
 from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, spectrum
 from loraloom.ops.certificate import note
+from loraloom.ops.checks import check_gauge
 from loraloom.registry import UnknownName
 from loraloom.strategies.units import group
 
@@ -38,7 +39,7 @@ def compress(
     largest that any of them needs, and cannot share a budget.
 
     Args:
-        adapter: of any kind.
+        adapter: of any kind but MokA.
         rank: a whole number of at least 1.
         energy: in (0, 1].
         budget: bytes of all factors, as a number or "10MB", "64MiB", or "0.5x" of what they take now.
@@ -50,7 +51,7 @@ def compress(
     Raises:
         ValueError: not exactly one of rank, energy and budget, or one that is out of range.
         UnknownName: scores of a unit that is not there.
-        UnsupportedKind: a budget for HiRA.
+        UnsupportedKind: a budget for HiRA; MokA, whose attention sees the factors themselves.
 
     Example:
         >>> import torch
@@ -68,6 +69,7 @@ def compress(
         "record": record,
     }
     _check(rank, energy, budget, scores)
+    check_gauge(adapter, "compress")
     if adapter.kind == "hira" and budget is not None:
         raise UnsupportedKind("HiRA modules must have one rank to be loaded by PEFT, so they cannot share a budget")
     if rank is not None:

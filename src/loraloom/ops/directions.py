@@ -9,6 +9,7 @@ import torch
 
 from loraloom.adapter import Adapter, Factors, Modules, truncate
 from loraloom.ops.certificate import note
+from loraloom.ops.checks import check_gauge
 from loraloom.ops.choice import groups
 from loraloom.ops.merge import module_generator
 
@@ -20,7 +21,9 @@ def pruned_directions(
 
     Raises:
         ValueError: the adapter has no direction at all (every update is zero).
+        UnsupportedKind: MokA.
     """
+    check_gauge(adapter, "prune directions of")
     values = {name: adapter.modules[name].singular_values().tolist() for name in adapter.modules}
     total = sum(map(len, values.values()))
     if not total:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind
-from loraloom.modalities import merged_plan
+from loraloom.modalities import ready_to_merge
 from loraloom.ops.certificate import chained, note
 from loraloom.ops.checks import (
     Weights,
     check_fit,
+    check_gauge,
     check_knobs,
     check_linear,
     check_size,
@@ -130,12 +131,16 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     }
     if job.untouched and energy is None and budget is None:
         return replace(adapters[0], provenance=provenance)
+    plan = None
+    if adapters[0].kind == "moka":
+        ready, plan = ready_to_merge(adapters, checked, space)
+        job = replace(job, adapters=ready)
     shapes = _aligned(job)
     modules = Modules(tuple(shapes), partial(_read, job, shapes), shapes.__getitem__, heavy=job.dense)
     kept = space == "factors" and not job.cut and one_scale(adapters)
     config = config_of(adapters, shapes, kept=kept, as_lora=base is not None)
-    if adapters[0].kind == "moka":
-        config["moka"] = merged_plan(adapters, side_by_side=space != "factors")
+    if plan is not None:
+        config["moka"] = plan
     merged = Adapter(config, modules, extras_of(adapters, job.weights_of(None), extras), provenance)
     return merged if energy is None and budget is None else _shrunk(merged, energy, budget)
 
@@ -208,10 +213,11 @@ class _Job:
             raise ValueError(f"base goes with DoRA or HiRA in space 'delta', got {kind} in space {self.space!r}")
         if self.untouched:
             return
-        plain = self.linear and not self.cut
-        for adapter in self.adapters if self.base is None else ():
-            if kind != "moka" or not plain:  # B of a layer is shared: only what treats it alike in all modalities
-                check_linear(adapter, "merge" if kind != "moka" else f"merge by {self.technique.name}, or to a rank,")
+        if not self.linear or self.cut or self.space not in ("factors", "delta"):
+            how = "to a chosen rank" if self.linear and self.cut else f"by {self.technique.name} in {self.space}"
+            check_gauge(self.adapters[0], "merge", f" {how}")
+        for adapter in self.adapters if self.base is None and kind != "moka" else ():
+            check_linear(adapter, "merge")
         if kind == "hira" and self.base is None and self.space != "factors" and not self.linear:
             raise UnsupportedKind(
                 f"method {self.technique.name!r} looks at entries of the update, which HiRA multiplies by the base"

@@ -14,19 +14,20 @@ _PREFIX = "base_model.model."
 _BLOCK = re.compile(r"(?:^|_|res)(?:blocks?|h)$")
 _STAGE = re.compile(r"^(?:stages?|levels?|down_blocks|up_blocks|\w*groups)$")
 _EXPERT = re.compile(r"^experts?$")
+_MODALITY = re.compile(r"\[[^\[\]/]+\]$")  # not that of an expert, [3/8]
 _NAMED_EXPERT = re.compile(r"^experts?_\d+$")
 
 
 def base_path(name: str) -> str:
-    """The module path in the base model: without PEFT's ``base_model.model.``.
+    """The module path in the base model: without PEFT's ``base_model.model.``, and the modality of a MokA adapter's.
 
     Example:
-        >>> base_path("base_model.model.lm_head")
-        'lm_head'
+        >>> base_path("base_model.model.lm_head"), base_path("layers.0.q_proj[image]")
+        ('lm_head', 'layers.0.q_proj')
     """
     while name.startswith(_PREFIX):
         name = name[len(_PREFIX) :]
-    return name
+    return _MODALITY.sub("", name)
 
 
 def layer(name: str) -> str:
