@@ -76,10 +76,11 @@ class MokALinear(LoraLinear):
             raise UnsupportedKind(f"rank {r} for {kwargs.get('target_name')}: MokA has {plan.width} in every layer")
         self.plan = plan
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        a: Any = self.lora_A[adapter_name]
+        b: Any = self.lora_B[adapter_name]
         like: dict[str, Any] = {"bias": False, "device": a.weight.device, "dtype": a.weight.dtype}
-        self.lora_A[adapter_name] = nn.Linear(a.in_features, plan.rows, **like)
-        self.lora_B[adapter_name] = nn.Linear(plan.columns, b.out_features, **like)
+        self.lora_A[adapter_name] = nn.Linear(a.weight.shape[1], plan.rows, **like)
+        self.lora_B[adapter_name] = nn.Linear(plan.columns, b.weight.shape[0], **like)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -139,7 +140,7 @@ def wrap(plan: MokA, model: nn.Module, target_modules: str | Sequence[str] = "al
         r=plan.width,
         lora_alpha=plan.alpha,  # type: ignore[arg-type]
         lora_dropout=plan.dropout,
-        target_modules=_targets(model, target_modules),
+        target_modules=targets_in_text(model, target_modules),
         moka=plan.to_json(),
         **{"task_type": None if is_seq2seq(model) else "CAUSAL_LM", **options},
     )
@@ -155,9 +156,8 @@ def routed(peft_model: Any, plan: MokA) -> Any:
             raise UnsupportedKind(f"{path} is a {type(layer).__name__} layer; MokA adapts linear layers")
         layer.stream = _stream_of(base, path, plan)
     router = Router(plan, base, list(tuned.values()))
-    for module in (peft_model, base):
-        module.register_forward_pre_hook(router.before, with_kwargs=True)
-        module.register_forward_hook(router.after, with_kwargs=True, always_call=True)
+    base.register_forward_pre_hook(router.before, with_kwargs=True)
+    base.register_forward_hook(router.after, with_kwargs=True, always_call=True)
     if hasattr(base, "generate"):
         base.generate = functools.partial(generate, router, base.generate)
     peft_model.moka_router = router
@@ -172,6 +172,11 @@ def _stream_of(model: nn.Module, path: str, plan: MokA) -> Routing | None:
     if len(plan.groups) != 2:
         raise UnsupportedKind(f"the encoder of {type(model).__name__} has one modality, the plan {plan.groups[1:]}")
     return route(replace(plan, attention="none"), torch.ones(1, 1, dtype=torch.long))
+
+
+def is_multimodal(model: nn.Module) -> bool:
+    """Whether the model is a language model with other parts beside it, such as an encoder of images."""
+    return bool(_language_model(model)[0])
 
 
 def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
@@ -208,4 +213,4 @@ def targets_in_text(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
-__all__ = ["MokALinear", "Router", "is_multimodal", "layers_of", "routed", "targets_in_text", "wrap"]
+__all__ = ["MokAConfig", "MokALinear", "is_multimodal", "routed", "targets_in_text", "wrap"]

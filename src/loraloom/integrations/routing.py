@@ -1,45 +1,64 @@
 """Which token of a forward pass is of which modality: hooks on a Transformers model that make one routing for it.
 
-The hooks stand on the PEFT model and on the Transformers model in it; the outermost one that is called makes one
-:class:`Routing` for the whole forward pass. Layers read it from a context variable; recomputation in checkpointed
-layers gets the one of its own forward pass. ``generate`` is given a context too, so that what was generated is never
-looked at and the explicit arguments reach the first forward pass.
+The hooks stand on the Transformers model, which PEFT, ``generate`` and wrappers for several devices all call; they make
+one :class:`Routing` for the whole forward pass. Layers read it from a context variable, so threads do not meet;
+recomputation in checkpointed layers gets the one of its own forward pass. ``generate`` is given a context too, so that
+what was generated is never looked at and the explicit arguments reach the first forward pass.
+
+What cannot be seen from here: a cache whose tokens of another modality were computed beside another question. Give the
+whole prompt in one forward pass; do not share prefixes between questions.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapter import UnsupportedKind
 from loraloom.strategies.modality import MokA
-from loraloom.strategies.rankspace import PAD, Routing, RoutingError, route, segments_of
+from loraloom.strategies.rankspace import PAD, TEXT, Routing, RoutingError, route, segments_of, text_only
 
 OWN_ARGUMENTS = ("modality_ids", "question_mask", "segment_ids")
-_PROCESSOR_TYPES = ("text", "image", "video", "audio")  # what mm_token_type_ids numbers
-
-_routing: ContextVar[tuple[Router, Routing | None] | None] = ContextVar("routing", default=None)
-_generating: ContextVar[_Generation | None] = ContextVar("generating", default=None)
-_set_tokens: ContextVar[tuple[Token, ...]] = ContextVar("set_tokens", default=())
-_ADD = 'add it to MokA(modalities={..., "name": number})'
+_KINDS = ("text", "image", "video", "audio")  # what mm_token_type_ids numbers
+_OPEN_END = "moka_open_end"  # on a cache: which rows ended in another modality
 _REMEDY = (
     "call the whole model with input_ids that hold its placeholder tokens, with mm_token_type_ids, or with "
     "modality_ids (batch x tokens: 0 text, 1 and on the number of the modality's A, -1 padding)"
 )
 
 
+class _Pass(NamedTuple):
+    """A forward pass that is going on; without adapters it has no routing."""
+
+    module: nn.Module
+    routing: Routing | None
+    open_end: Tensor | None
+
+
 @dataclass(frozen=True)
 class _Generation:
-    """What ``generate`` was called with."""
+    """What ``generate`` was called with; its prompt takes the places from ``start`` to ``end`` of the cache."""
 
     router: Router
-    prompt: int | None
+    start: int
+    end: int
     given: Mapping[str, Tensor]
+
+    def of(self, past: int, length: int) -> dict[str, Tensor]:
+        """What was given for the tokens of a forward pass; those generated are text and not looked at."""
+        first = past - self.start
+        padded = {name: nn.functional.pad(told, (0, length)) for name, told in self.given.items()}
+        return {name: told[:, first : first + length] for name, told in padded.items()}
+
+
+_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())
+_generating: ContextVar[_Generation | None] = ContextVar("generating", default=None)
 
 
 def current(tokens: torch.Size) -> Routing:
@@ -48,8 +67,8 @@ def current(tokens: torch.Size) -> Routing:
     Raises:
         RoutingError: there is none, or it is of other tokens.
     """
-    found = _routing.get()
-    routing = None if found is None else found[1]
+    passes = _passes.get()
+    routing = passes[-1].routing if passes else None
     if routing is None:
         raise RoutingError(f"no routing in this forward pass: {_REMEDY}")
     if tokens != routing.types.shape:
@@ -64,261 +83,303 @@ def current(tokens: torch.Size) -> Routing:
 class Router:
     """Makes the routing of each forward pass of one model, in hooks.
 
+    In an encoder-decoder the encoder's tokens are the other modality and the decoder's are text. The encoder has run
+    before there is any text, so its tokens have nothing to look at, and a plan with attention is refused.
+
     Attributes:
         plan: the adapter's.
-        ids: number of the A by placeholder id.
-        unknown: placeholder ids of the model of which the plan has no modality, by name.
+        layers: those that ask for it.
+
+    Raises:
+        UnsupportedKind: an encoder-decoder, and a plan with attention.
     """
 
-    def __init__(self, plan: MokA, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        self.plan = plan
-        self.layers = list(layers)
-        known = {name: _placeholder(model, name) for name in ("image", "video", "audio")}
-        told = {name: id_ for name, id_ in known.items() if id_ is not None} | dict(plan.tokens)
-        self.ids = {id_: plan.modalities[name] for name, id_ in told.items() if name in plan.modalities}
-        self.unknown = {name: id_ for name, id_ in told.items() if name not in plan.modalities}
-        self._signature = inspect.signature(model.forward)
-        self.text_only = is_seq2seq(model)  # the decoder's tokens: other modalities are in the encoder
-        self._checkpoints = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    def __init__(self, plan: MokA, model: nn.Module, layers: Sequence[Any]) -> None:
+        self.plan, self.layers, self.seq2seq = plan, list(layers), is_seq2seq(model)
+        if self.seq2seq and plan.attention != "none":
+            raise UnsupportedKind(
+                f"attention={plan.attention!r}: the encoder of {type(model).__name__} has run before there is any "
+                "text to look at; an encoder-decoder needs attention='none'"
+            )
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
+        found = {name: id_ for name in _KINDS[1:] if (id_ := _placeholder(model, name)) is not None}
+        told = {**found, **plan.tokens}
+        strange = [name for name in dict.fromkeys((*told, *_KINDS[1:])) if name not in plan.modalities]
+        numbers = {**plan.modalities, **{name: i for i, name in enumerate(strange, start=len(plan.groups))}}
+        self._ids = {id_: numbers[name] for name, id_ in told.items()}
+        self._told_ids = {id_: numbers[name] for name, id_ in plan.tokens.items()}
+        self._kinds = [numbers[name] for name in _KINDS[1:]]
+        self._untold = [name for name in plan.modalities if name not in told]
+        names = ", ".join(plan.groups)
+        self._wrong = len(plan.groups) + len(strange)
+        self._strange = {
+            numbers[name]: f"{name} tokens in the input, but the adapter has {names}; "
+            f"make it with MokA(modalities={{..., {name!r}: number}})"
+            for name in strange
+        }
+        self._strange[self._wrong] = (
+            f"modality_ids go from {PAD} (padding) to {len(plan.groups) - 1}, of {names}; mm_token_type_ids from 0 to 3"
+        )
 
     # --- hooks ---------------------------------------------------------------------------------------------------
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Make the routing, unless an outer module did; takes out the arguments that are ours."""
-        current = _routing.get()
-        own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
+        """Make the routing; takes out the arguments that are ours."""
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        if current is not None and current[0] is self:
-            self._enter(current)
-            return args, kwargs
-        self._capture()
-        routing = None
+        routing, open_end = None, None
         if any(not layer.disable_adapters for layer in self.layers):
-            bound = {**self._bound(args), **kwargs, **own}
-            routing = self._routed(bound, module.training)
-        self._enter((self, routing))
+            routing, open_end = self._routed(given, module.training)
+        if torch.is_grad_enabled():
+            _capture(module)
+        others = [one for one in _passes.get() if one.module is not module]  # an interrupted pass leaves its own
+        _passes.set((*others, _Pass(module, routing, open_end)))
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the routing; called when forward raises, too."""
-        stack = _set_tokens.get()
-        if stack:
-            _routing.reset(stack[-1])
-            _set_tokens.set(stack[:-1])
-
-    def _enter(self, value: tuple[Router, Routing | None]) -> None:
-        _set_tokens.set((*_set_tokens.get(), _routing.set(value)))
-
-    def _bound(self, args: tuple) -> dict[str, Any]:
-        return dict(zip(self._signature.parameters, args, strict=False))
-
-    def _capture(self) -> None:
-        """Have checkpointed layers keep the routing of their forward pass for their recomputation."""
-        for module in self._checkpoints:
-            function = vars(module).get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _Captured):
-                module._gradient_checkpointing_func = _Captured(function)  # type: ignore[assignment]
+        passes = _passes.get()
+        if not passes or passes[-1].module is not module:  # it raised before there was a routing
+            return
+        _passes.set(passes[:-1])
+        if passes[-1].open_end is not None and (cache := _cache_of(output)) is not None:
+            setattr(cache, _OPEN_END, passes[-1].open_end)
 
     # --- which token is what -------------------------------------------------------------------------------------
-    def _routed(self, given: Mapping[str, Any], training: bool) -> Routing | None:
+    def _routed(self, given: Mapping[str, Any], training: bool) -> tuple[Routing, Tensor | None]:
+        """The routing, and which rows a later forward pass with the same cache must not go on with."""
+        like = self._tokens(given)
+        if self.seq2seq:
+            return text_only(self.plan, like), None
+        length, past = like.shape[1], _cached(given.get("past_key_values"))
         generation = _generating.get()
         if generation is not None and generation.router is not self:
             generation = None
-        past = _cached(given.get("past_key_values"))
-        ids, labels = given.get("input_ids"), given.get("labels")
-        question, segments = given.get("question_mask"), given.get("segment_ids")
-        if generation is not None and not past:
-            given = {**generation.given, **given}
-            question = given.get("question_mask") if question is None else question
-        types = self._types(given, ids, past).to(torch.long)
-        mask = given.get("decoder_attention_mask" if self.text_only else "attention_mask")
-        pads = _pads(mask, types, training and segments is None)
+        if generation is not None:
+            if past >= generation.end:
+                return text_only(self.plan, like), None
+            given = {**generation.of(past, length), **given}
+        given = {**given, **{name: _fitted(name, given, like, generation) for name in OWN_ARGUMENTS}}
+        types = self._types(given, like)
+        pads, allowed = _seen(given, types, past)
         types = torch.where(pads, PAD, types)
-        prompt = None if generation is None or past else generation.prompt
-        if prompt is not None and types.shape[1] < prompt:
-            raise RoutingError(
-                f"generate feeds its prompt of {prompt} tokens in parts ({types.shape[1]} first): a modality may be "
-                "parted from the text that it looks at; leave prefill_chunk_size out"
-            )
-        question = None if question is None else _fitted(question, types)
-        if segments is None:
-            segments = self._segments(given, types, pads)
-        if training and labels is None and question is None and self._needs_labels():
+        segments = _segments(given, types, pads)
+        if segments is None and generation is None and allowed is not None:
+            _refuse_parted(allowed)
+        labels, question = given.get("labels"), given["question_mask"]
+        routing = route(
+            self.plan,
+            types,
+            labels=labels if labels is not None and labels.ndim == 2 and not labels.is_floating_point() else None,
+            question=question,
+            ids=given.get("input_ids"),
+            segments=segments,
+            prompt=None if generation is None else generation.end - past,
+            past=past,
+            strange=self._strange,
+        )
+        if routing.plain or self.plan.attention == "none":
+            return routing, None
+        if generation is not None:
+            _refuse_parts(past + length, generation.end)
+            return routing, None
+        told = labels is not None or question is not None
+        if training and not told and self.plan.keys in ("prompt", "after-last-modality"):
             raise RoutingError(
                 "a forward pass in training mode without labels: the answer cannot be told from the prompt, and "
                 "other modalities would look at it; pass labels, or question_mask (batch x tokens, 1 on the prompt)"
             )
-        routing = route(
-            self.plan,
-            types,
-            labels=labels if labels is not None and labels.shape == types.shape else None,
-            question=question,
-            ids=ids,
-            segments=segments,
-            prompt=prompt,
-            past=past,
-        )
-        if given.get("past_key_values") is not None and generation is None and not past and labels is None:
-            self._refuse_open_end(types, routing)
-        return routing
+        return routing, None if told else _open_end(types)
 
-    def _needs_labels(self) -> bool:
-        looks = self.plan.attention != "none" and self.plan.own != "B" and not self.text_only
-        return looks and self.plan.keys in ("prompt", "after-last-modality")
-
-    def _types(self, given: Mapping[str, Any], ids: Tensor | None, past: int) -> Tensor:
-        """Numbers of A's from the explicit ids, the processor's types or the placeholders, in this order."""
-        explicit, told = given.get("modality_ids"), given.get("mm_token_type_ids")
-        embeds = given.get("inputs_embeds")
-        source = ids if ids is not None else embeds
-        if explicit is not None:
-            explicit = _fitted(explicit, explicit if source is None else source)
-            if int(explicit.max()) >= len(self.plan.groups) or int(explicit.min()) < PAD:
-                raise RoutingError(
-                    f"modality_ids go from -1 (padding) to {len(self.plan.groups) - 1}, of {self._names()}"
-                )
-            return explicit
-        if self.text_only:
-            source = next(given[k] for k in ("decoder_input_ids", "labels", "decoder_inputs_embeds") if k in given)
-            return torch.zeros(source.shape[:2], dtype=torch.long, device=source.device)
-        if told is not None and (source is None or told.shape == source.shape[:2]):
-            return self._from_processor(told)
-        if ids is not None and self.ids:
-            types = torch.zeros_like(ids)
-            for id_, number in self.ids.items():
-                types = torch.where(ids == id_, number, types)
-            for name, id_ in self.unknown.items():
-                if bool((ids == id_).any()):
-                    raise RoutingError(f"{name} tokens in input_ids, but the adapter has only {self._names()}; {_ADD}")
-            return types
-        if past and embeds is not None and embeds.shape[1] == 1:  # a decoding step
-            return torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        if ids is not None:
+    def _tokens(self, given: Mapping[str, Any]) -> Tensor:
+        """Ids or embeddings of the tokens that the decoder sees."""
+        names = ("input_ids", "inputs_embeds")
+        if self.seq2seq:
+            names = ("decoder_input_ids", "decoder_inputs_embeds", "labels")  # type: ignore[assignment]
+        found = next((given[name] for name in names if given.get(name) is not None), None)
+        if found is None:
+            raise RoutingError(f"a forward pass without {' or '.join(names)}: the tokens cannot be told")
+        cache = given.get("past_key_values")
+        open_end = getattr(cache, _OPEN_END, None)
+        if open_end is not None and _cached(cache) and bool(open_end.any()):
             raise RoutingError(
-                f"the model's configuration has no placeholder id of {self._names()}: tell it with "
-                "MokA(tokens={name: id}), or pass modality_ids"
+                "the cached tokens end in another modality, and the text that it looks at may only follow now; give "
+                "the whole prompt in one forward pass, or question_mask with its tokens"
             )
-        raise RoutingError(f"the tokens' modalities cannot be told: {_REMEDY}")
+        return found
 
-    def _from_processor(self, told: Tensor) -> Tensor:
-        types = torch.zeros_like(told)
-        for number, name in enumerate(_PROCESSOR_TYPES[1:], start=1):
-            here = told == number
-            if name in self.plan.modalities:
-                types = torch.where(here, self.plan.modalities[name], types)
-            elif bool(here.any()):
-                raise RoutingError(f"{name} tokens in mm_token_type_ids, but the adapter has {self._names()}; {_ADD}")
+    def _types(self, given: Mapping[str, Any], like: Tensor) -> Tensor:
+        """Numbers of A's from the explicit ids, the processor's types or the placeholders, in this order."""
+        explicit, kinds, ids = (given.get(name) for name in ("modality_ids", "mm_token_type_ids", "input_ids"))
+        if explicit is not None:
+            allowed = (explicit >= PAD).logical_and(explicit < len(self.plan.groups))
+            return torch.where(allowed, explicit, self._wrong).long()
+        if kinds is not None and kinds.shape != like.shape[:2]:
+            kinds = None
+        marked = self._ids if kinds is None else self._told_ids
+        if ids is None and (kinds is None or marked):
+            raise RoutingError(f"the tokens' modalities cannot be told: {_REMEDY}")
+        untold = [name for name in self._untold if name not in _KINDS]
+        if untold or (kinds is None and len(self._untold) == len(self.plan.modalities)):
+            raise RoutingError(
+                f"the model's configuration has no placeholder id of {', '.join(untold or self._untold)}: tell it "
+                "with MokA(tokens={name: id}), or pass modality_ids"
+            )
+        types = torch.zeros(like.shape[:2], dtype=torch.long, device=like.device)
+        if kinds is not None:
+            for kind, number in enumerate((*self._kinds, self._wrong), start=1):
+                types = torch.where(kinds.to(like.device) >= kind, number, types)
+        for id_, number in marked.items():
+            types = torch.where(ids == id_, number, types)
         return types
 
-    def _names(self) -> str:
-        return ", ".join(self.plan.groups)
 
-    def _segments(self, given: Mapping[str, Any], types: Tensor, pads: Tensor) -> Tensor | None:
-        """Segments of packed rows, from what Transformers is given for them."""
-        bounds, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
-        if bounds is not None:
-            places = torch.arange(types.shape[1], device=types.device)
-            return torch.bucketize(places, bounds[1:].to(places), right=True)[None].expand(types.shape)
-        if given.get("seq_idx") is not None:
-            return given["seq_idx"].expand(types.shape)
-        if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:  # text, time, height, width
-            positions = positions[0]
-        if positions is None or positions.ndim != 2 or types.shape[1] == 1:
-            return None
-        return segments_of(positions.expand(types.shape), pads)
+def _segments(given: Mapping[str, Any], types: Tensor, pads: Tensor) -> Tensor | None:
+    """Segments of packed rows, from what we or Transformers are given for them; None where no row is packed."""
+    bounds, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
+    for name in ("segment_ids", "seq_idx"):
+        if given.get(name) is not None:
+            return given[name].expand(types.shape)
+    if bounds is not None:
+        places = torch.arange(types.shape[1], device=types.device)
+        return torch.bucketize(places, bounds[1:].to(places), right=True).expand(types.shape)
+    if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:  # text, time, height, width
+        positions = positions[0]
+    if positions is None or positions.ndim != 2 or types.shape[1] == 1:
+        return None
+    return segments_of(positions.expand(types.shape), pads)
 
-    def _refuse_open_end(self, types: Tensor, routing: Routing) -> None:
-        if not routing.plain and routing.lookups and bool((types[:, -1] > 0).any()):
+
+def _seen(given: Mapping[str, Any], types: Tensor, past: int) -> tuple[Tensor, Tensor | None]:
+    """Which tokens are padding; of a mask of four dimensions also which token sees which, batch x tokens x tokens."""
+    pads, length, mask = types == PAD, types.shape[1], given.get("attention_mask")
+    if isinstance(mask, Mapping):  # by kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
+        return pads, None
+    if not isinstance(mask, Tensor):
+        if given["modality_ids"] is None:
             raise RoutingError(
-                "the first part of a cached sequence ends in tokens of another modality, and the text that they look "
-                "at may follow; give the whole prompt in one forward pass (no prefill_chunk_size)"
+                f"attention_mask is a {type(mask).__name__}, which does not tell the padding; pass modality_ids, "
+                f"{PAD} on padding"
             )
+        return pads, None
+    last = past + length if mask.shape[-1] >= past + length else mask.shape[-1]
+    mask = mask[..., max(last - length, 0) : last].to(types.device)
+    if mask.ndim == 2:
+        return (pads | ~mask.bool() if mask.shape[1] == length else pads), None
+    allowed = mask[:, 0] > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask[:, 0].bool()
+    if allowed.shape[1] != length:
+        return pads, None
+    return pads | ~allowed.any(1), allowed
+
+
+def _refuse_parted(allowed: Tensor) -> None:
+    """Packed rows that only a mask tells: no token of a row sees all that are seen in it."""
+    if bool((allowed.sum(2).amax(1) < allowed.any(1).sum(1)).any()):
+        raise RoutingError(
+            "the attention mask parts a row into several sequences (packing), and nothing tells which; "
+            "pass position_ids that begin again in each, or segment_ids (batch x tokens)"
+        )
+
+
+def _refuse_parts(there: int, prompt: int) -> None:
+    if there < prompt:
+        raise RoutingError(
+            f"generate feeds its prompt of {prompt} tokens in parts (up to {there}), and another modality would be "
+            "parted from the text that it looks at; leave prefill_chunk_size out"
+        )
+
+
+def _open_end(types: Tensor) -> Tensor:
+    """Which rows' last token that is no padding is of another modality."""
+    places = torch.arange(types.shape[1], device=types.device)
+    last = torch.where(types == PAD, -1, places).amax(1, keepdim=True).clamp(min=0)
+    return types.gather(1, last) > TEXT
 
 
 class _Captured:
-    """A checkpoint function that runs the layer, then and in recomputation, with the routing of now."""
+    """A checkpoint function that runs the layer, then and in recomputation, in the forward pass of now."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        current = _routing.get()
+        passes = _passes.get()
 
         def again(*inner: Any, **named: Any) -> Any:
-            token = _routing.set(current)
+            token = _passes.set(passes)
             try:
                 return layer(*inner, **named)
             finally:
-                _routing.reset(token)
+                _passes.reset(token)
 
         return self.function(again, *args, **kwargs)
 
-    @property
-    def keywords(self) -> Mapping[str, Any]:
-        """Of the partial function that Transformers makes, which says whether checkpoints are re-entrant."""
-        return getattr(self.function, "keywords", {})
+
+def _capture(module: nn.Module) -> None:
+    """Have checkpointed layers, of Transformers or in a wrapper of torch, keep the routing for their recomputation."""
+    for part in module.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = vars(part).get(name)
+            if function is not None and not isinstance(function, _Captured):
+                setattr(part, name, _Captured(function))
 
 
 def _cached(cache: Any) -> int:
     """Tokens in a cache before this forward pass."""
     if cache is None:
         return 0
-    cache = getattr(cache, "self_attention_cache", cache)
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0][0].shape[-2])
 
 
-def _fitted(given: Tensor, like: Tensor) -> Tensor:
-    """A tensor a row for beams and returned sequences; what was generated meanwhile is text."""
-    batch, length = like.shape[:2]
-    if given.shape[0] != batch and batch % given.shape[0] == 0:
-        given = given.repeat_interleave(batch // given.shape[0], dim=0)
-    if _generating.get() is not None and given.shape[1] < length:
-        given = nn.functional.pad(given, (0, length - given.shape[1]))
-    if given.shape != like.shape[:2]:
-        raise RoutingError(f"modality_ids or question_mask is {tuple(given.shape)}, the tokens are {(batch, length)}")
-    return given.to(like.device)
+def _cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
-def _pads(mask: Any, types: Tensor, check_packing: bool) -> Tensor:
-    """Which tokens are padding, from an attention mask of two or four dimensions, several of them, or none."""
-    none = types == PAD
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    length = types.shape[1]
-    if mask is None or not isinstance(mask, Tensor):
-        return none
-    if mask.ndim == 2:
-        return none | ~mask[:, -length:].bool() if mask.shape[1] >= length else none
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    if allowed.shape[1] != length:
-        return none
-    seen = allowed[:, :, :length].any(1)
-    if check_packing and not torch.equal(seen, allowed[:, -1, :length]):
-        raise RoutingError(
-            "the attention mask parts a row into several sequences (packing), and nothing tells which; "
-            "pass position_ids that begin again in each, or segment_ids (batch x tokens)"
-        )
-    return none | ~seen.expand(types.shape)
+def _fitted(name: str, given: Mapping[str, Any], like: Tensor, generation: _Generation | None) -> Tensor | None:
+    """An argument of ours, checked; in ``generate`` a row is repeated for its beams and returned sequences."""
+    told = given.get(name)
+    if told is None:
+        return None
+    told = _whole_numbers(name, told)
+    batch = like.shape[0]
+    if generation is not None and told.shape[0] and batch % told.shape[0] == 0:
+        told = told.repeat_interleave(batch // told.shape[0], dim=0)
+    if told.shape != like.shape[:2]:
+        raise RoutingError(f"{name} is {tuple(told.shape)}, the tokens are {tuple(like.shape[:2])}; give one a token")
+    return told.to(like.device)
+
+
+def _whole_numbers(name: str, told: Any) -> Tensor:
+    if not isinstance(told, Tensor) or told.is_floating_point() or told.ndim != 2:
+        what = f"{told.dtype} of {told.ndim} dimensions" if isinstance(told, Tensor) else type(told).__name__
+        raise RoutingError(f"{name} must be a tensor of whole numbers, batch x tokens, got {what}")
+    return told
 
 
 def _placeholder(model: nn.Module, name: str) -> int | None:
     """The id that stands for a token of a modality in ``input_ids``."""
     config = getattr(model, "config", None)
-    for key in (f"{name}_token_id", f"{name}_token_index"):
-        found = getattr(config, key, None)
-        if isinstance(found, int):
-            return found
-    return None
+    found = (getattr(config, f"{name}_{key}", None) for key in ("token_id", "token_index"))
+    return next((id_ for id_ in found if isinstance(id_, int)), None)
 
 
 def generate(router: Router, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the Transformers model, which remembers where the prompt ends."""
-    own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
-    inputs = next((kwargs[k] for k in ("input_ids", "inputs") if kwargs.get(k) is not None), args[0] if args else None)
-    source = inputs if inputs is not None else kwargs.get("inputs_embeds")
-    told = kwargs.get("mm_token_type_ids")
-    given = own if told is None else {**own, "mm_token_type_ids": told}
-    prompt = source.shape[1] if isinstance(source, Tensor) and not router.text_only else None
-    token = _generating.set(_Generation(router, prompt, given))
+    given = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
+    if "segment_ids" in given:
+        raise RoutingError("generate goes on with whole rows, not with packed ones: leave segment_ids out")
+    told = (kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+    source = next((one for one in (*told, *args[:1]) if isinstance(one, Tensor)), None)
+    length = 0 if source is None or router.seq2seq else source.shape[1]
+    for name, one in given.items():
+        if _whole_numbers(name, one).shape[1] != length:
+            raise RoutingError(f"{name} is {tuple(one.shape)}, the prompt has {length} tokens; give one a token")
+    mask, cached = kwargs.get("attention_mask"), _cached(kwargs.get("past_key_values"))
+    start = cached if mask is not None and mask.shape[-1] != length else 0  # else the prompt holds what is cached
+    token = _generating.set(_Generation(router, start, start + length, given))
     try:
         return original(*args, **kwargs)
     finally:
