@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -54,6 +55,20 @@ class MokAConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``."""
         return {**super().to_dict(), "peft_type": KIND}
+
+
+class _Refusal:
+    """What PEFT's own loaders find for such a folder: they would put the layers in, but not the hooks that route."""
+
+    def __init__(self, **content: Any) -> None:
+        self.from_pretrained()
+
+    @staticmethod
+    def from_pretrained(*args: Any, **options: Any) -> NoReturn:
+        raise UnsupportedKind("this is a MokA adapter, which loraloom loads: ll.attach(model, folder)")
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[KIND] = _Refusal  # type: ignore[index, assignment]
 
 
 class MokALinear(LoraLinear):

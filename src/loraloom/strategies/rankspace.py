@@ -287,8 +287,8 @@ def hidden(
         h = h * routing.live.to(h.dtype)
     if plan.own == "A":
         return h
-    place = F.one_hot(routing.types, len(plan.groups)).to(h.dtype)
-    return (place[..., None] * h[..., None, :]).flatten(2)
+    types = routing.types[..., None]
+    return torch.cat([h * (types == number) for number in range(len(plan.groups))], -1)
 
 
 def _chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
