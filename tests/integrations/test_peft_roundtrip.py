@@ -411,3 +411,12 @@ def test_hira_has_one_rank(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedKind, match=r"HiRA modules of different ranks \[2, 4\]"):
         save(replace(adapter, modules=mixed), tmp_path / "mixed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_on_a_base_of_16_bits_factors_of_32_are_not_rounded(tmp_path: Path) -> None:
+    live = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    _drawn(live, 4).save_pretrained(tmp_path)
+    want = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path)
+    with attached(tiny_llama().bfloat16(), load(tmp_path)) as got:
+        pairs = zip(want.state_dict().items(), got.state_dict().items(), strict=True)
+        assert [name for (name, one), (_, other) in pairs if not torch.equal(one, other)] == []

@@ -117,6 +117,9 @@ def put_on(model: nn.Module, adapter: Adapter, **changes: Any) -> nn.Module:
         lost = LookupError(f"{stray[0].removeprefix(PREFIX)} is only in {side}")
         raise AdapterMismatch(f"the adapter does not fit this model: {_reason(model, held, lost)}")
     peft_model.base_model._cast_adapter_dtype(adapter_name="default", autocast_adapter_dtype=True)
+    if any(parameter.element_size() < 4 for parameter in model.parameters()):
+        # PEFT has rounded the factors to the type of such a base on the way; now they are of 32 bits
+        set_peft_model_state_dict(peft_model, tensors)
     return peft_model.eval()
 
 
