@@ -154,6 +154,7 @@ def _train(study: Study, task: str, bench: Any, work: Path) -> None:
             scratch.mkdir()
             trained = train_on(bench, one, work=scratch, resume=False, progress=False, overwrite=False)
             shutil.rmtree(scratch)
+            assert trained.adapter is not None
             study.adapters[method, task, seed] = trained.adapter.loaded()
             study.seconds[method, task, seed] = trained.seconds
             value = study.measure((method, "alone", task), bench, trained.adapter)

@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraloom.strategies.dropout import ProgressiveDropout
+from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.tasks.hub import HubTask
 
@@ -33,13 +34,36 @@ class _Strict(BaseModel):
 
 
 class AdapterRecipe(_Strict):
-    """Which adapter is trained; sizes as PEFT names them."""
+    """Which adapter is trained; sizes as PEFT names them.
 
-    kind: Literal["lora", "rslora", "dora", "hira"] = "lora"
+    ``modules_to_save`` are trained whole beside it. ``kind: none`` trains them alone, and gives a model instead.
+    """
+
+    kind: Literal["lora", "rslora", "dora", "hira", "moka", "none"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+
+
+class MokARecipe(_Strict):
+    """What ``adapter.kind: moka`` is told beside rank, alpha and dropout (`loraloom.MokA`); values as there."""
+
+    modalities: dict[str, int]
+    rank: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    attention: str = "cross"
+    keys: str = "prompt"
+    weight: float | dict[str, float] = 1.0
+    span: tuple[int, int] | None = None
+    logits: str = "paper"
+    tokens: dict[str, int] = {}
+    own: str = "A"
+
+    def plan(self, adapter: AdapterRecipe) -> MokA:
+        """The plan of an adapter."""
+        told = self.model_dump(exclude={"rank"})
+        return MokA(rank=self.rank or adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, **told)
 
 
 class PlainRecipe(_Strict):
@@ -203,6 +227,7 @@ class Recipe(_Strict):
     strategy: StrategyRecipe = PlainRecipe()
     train: TrainRecipe = TrainRecipe()
     data: DataRecipe = DataRecipe()
+    moka: MokARecipe | None = None
     lori: LoRIRecipe | None = None
     continue_from: Path | None = None
     protect: tuple[Path, ...] = ()
@@ -216,8 +241,16 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.lori is not None and self.adapter.kind == "hira":
-            raise ValueError("lori goes with adapter.kind lora, rslora or dora; HiRA has no A and B of its kind")
+        if self.lori is not None and self.adapter.kind not in ("lora", "rslora", "dora"):
+            raise ValueError(f"lori goes with adapter.kind lora, rslora or dora, not {self.adapter.kind}")
+        if (self.adapter.kind == "moka") != (self.moka is not None):
+            raise ValueError("adapter.kind moka and a section moka, with its modalities, go together")
+        if self.moka is not None:
+            self.moka.plan(self.adapter)
+        if self.adapter.kind == "none" and not self.adapter.modules_to_save:
+            raise ValueError("adapter.kind none needs adapter.modules_to_save: the modules that are trained whole")
+        if self.adapter.kind == "none" and (self.strategy.name != "none" or self.continue_from is not None):
+            raise ValueError("adapter.kind none has no adapter that a strategy or continue_from could be for")
         if self.protect and self.lori is None:
             raise ValueError("protect goes with lori: without it A is trained too, and nothing is protected")
         told = {"kind", "rank", "alpha", "target_modules"} & self.adapter.model_fields_set

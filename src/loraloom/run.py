@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,19 +14,20 @@ import yaml
 from loraloom.adapter import Adapter
 from loraloom.calibration import plan_of, told_of, trained_entries
 from loraloom.experts import as_stored
+from loraloom.folders import whole_folder, write_text
 from loraloom.masks import MASK, Mask, save_mask
 from loraloom.recipe import Recipe, TrainRecipe
 from loraloom.registry import edge
 from loraloom.report import replace_file
-from loraloom.store import load, save
+from loraloom.store import RECORD, load, save, written_as
 from loraloom.strategies.dropout import ProgressiveDropout
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run gave: the saved adapter, the seconds that training took, and the log."""
+    """What a run gave: the saved adapter (None: a model, of ``kind: none``), the seconds of training, and the log."""
 
-    adapter: Adapter
+    adapter: Adapter | None
     path: Path
     seconds: float
     log: tuple[Mapping[str, Any], ...]
@@ -69,9 +71,12 @@ def bench_of(recipe: Recipe, task: str | None = None) -> Any:
 
 def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
     """Train on a model and task that are already loaded; the base is as before afterwards."""
+    if recipe.adapter.kind == "none":
+        return _train_whole(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
     earlier = None if recipe.continue_from is None else load(recipe.continue_from)
     strategy, fit = recipe.plan(), edge("fit")
     adapter_options = recipe.adapter.model_dump()
+    adapter_options["moka"] = None if recipe.moka is None else recipe.moka.plan(recipe.adapter)
     if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
         adapter_options["dropout"] = strategy.probability(0)
     loss = bench.loss
@@ -110,6 +115,23 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
     beside = None if mask is None else lambda folder: save_mask(mask, folder / MASK)
     save(made, recipe.output, overwrite=overwrite, beside=beside)
     return Trained(load(recipe.output), recipe.output, done.seconds, done.log_history)
+
+
+def _train_whole(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:
+    """Train the modules that ``modules_to_save`` names, in place, and save the whole model as a folder of its own."""
+    fit = edge("fit")
+    options = _fit_options(recipe.train, recipe.seed, work, resume=resume, progress=progress)
+    marked: Any = {"overwrite": overwrite, "mark": RECORD, "what": "a folder that loraloom wrote"}
+    with edge("adapting").whole(bench.model, recipe.adapter.modules_to_save) as model:
+        done = fit.fit(model, bench.training, collate=bench.collate, options=options, loss=bench.loss)
+        record = {"seconds": done.seconds, "log": [dict(entry) for entry in done.log_history]}
+        made = {"operation": "train", "arguments": _arguments(recipe), "seed": recipe.seed, "record": record}
+        with whole_folder(recipe.output.resolve(), **marked) as folder:
+            model.save_pretrained(folder)
+            bench.processor.save_pretrained(folder)
+            told = written_as(Adapter({}, {}, provenance=made), "", {})
+            write_text(folder / RECORD, json.dumps(told, indent=2, sort_keys=True) + "\n")
+    return Trained(None, recipe.output, done.seconds, done.log_history)
 
 
 def _fit_options(chosen: TrainRecipe, seed: int, folder: Path, *, resume: bool, progress: bool) -> Any:

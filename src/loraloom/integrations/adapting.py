@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from loraloom.adapter import Adapter
-from loraloom.integrations.peft import put_on
+from loraloom.integrations.modality import is_multimodal, targets_in_text
+from loraloom.integrations.peft import Snapshot, put_on
+from loraloom.strategies.modality import MokA
 
 
 @contextmanager
@@ -25,6 +27,8 @@ def training(
     target_modules: str | Sequence[str] = "all-linear",
     seed: int = 0,
     start: Adapter | None = None,
+    moka: MokA | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> Iterator[Any]:
     """Attach a new adapter and yield the PeftModel; on leaving, the base is bare again, its weights untouched.
 
@@ -39,40 +43,77 @@ def training(
         target_modules: names, or ``all-linear``.
         seed: of the adapter's random start.
         start: an adapter to go on with; it decides kind, rank, alpha and targets.
+        moka: the plan, for kind ``moka``.
+        modules_to_save: names of modules that are trained whole beside the adapter.
 
     Raises:
         ValueError: no module of the model has such a name, or ``start`` does not fit the model.
     """
+    snapshot = Snapshot(model)
     was_training = model.training
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    targets = targets_in_text(model, target_modules) if is_multimodal(model) else target_modules
+    options = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks Transformers by an old name whether gradient checkpointing is on; not our user's concern.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
-        if start is None:
-            adapted = _fresh(model, kind, rank, alpha, dropout, target_modules)
+        if moka is not None and start is None:
+            adapted = moka.wrap(model, targets, **options)
+        elif start is None:
+            adapted = _fresh(model, kind, rank, alpha, dropout, targets, options)
         else:
             adapted = put_on(model, start, lora_dropout=dropout, hira_dropout=dropout, inference_mode=False)
             adapted.train(was_training)
     try:
         yield adapted
     finally:
-        adapted.unload()
+        snapshot.restore()
+
+
+@contextmanager
+def whole(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """The model with the named modules' weights trainable and nothing else; afterwards they are what they were.
+
+    Raises:
+        ValueError: the model has no module of that name.
+    """
+    was_training = model.training
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    for name in names:
+        found = [module for path, module in model.named_modules() if path == name or path.endswith("." + name)]
+        if not found:
+            raise ValueError(f"adapter.modules_to_save: the model has no module {name!r}")
+        for module in found:
+            module.requires_grad_(True)
+    before = {parameter: parameter.detach().clone() for parameter in flags if parameter.requires_grad}
+    try:
+        yield model
+    finally:
         model.train(was_training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-        for leftover in ("peft_config", "active_peft_config"):
-            if hasattr(model, leftover):
-                delattr(model, leftover)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
 
 
-def _fresh(model: nn.Module, kind: str, rank: int, alpha: float, dropout: float, modules: str | Sequence[str]) -> Any:
+def _fresh(
+    model: nn.Module,
+    kind: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules: str | Sequence[str],
+    options: Mapping[str, Any],
+) -> Any:
     """A new adapter on the model."""
     from peft import HiraConfig, LoraConfig, get_peft_model
 
     targets = modules if isinstance(modules, str) else list(modules)
     if kind == "hira":
-        config: Any = HiraConfig(r=rank, target_modules=targets, hira_dropout=dropout)
+        config: Any = HiraConfig(r=rank, target_modules=targets, hira_dropout=dropout, **options)
     else:
         config = LoraConfig(
             r=rank,
@@ -81,6 +122,7 @@ def _fresh(model: nn.Module, kind: str, rank: int, alpha: float, dropout: float,
             target_modules=targets,
             use_rslora=kind == "rslora",
             use_dora=kind == "dora",
+            **options,
         )
     try:
         return get_peft_model(model, config)

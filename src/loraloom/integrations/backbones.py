@@ -14,7 +14,7 @@ from torch import nn
 
 from loraloom.models import models, resolve
 
-FAMILIES = ("causal", "encoder", "vision")
+FAMILIES = ("causal", "multimodal", "encoder", "vision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,9 @@ class Backbone:
     Attributes:
         model: on the CPU, in eval mode, without gradients.
         name: as the user gave it.
-        family: ``causal``, ``encoder`` or ``vision``.
-        processor: a tokenizer, or a mapping with ``image_mean`` and ``image_std`` for vision models.
+        family: one of FAMILIES.
+        processor: a tokenizer; for multimodal models their own processor; for vision models a mapping with
+            ``image_mean`` and ``image_std``.
     """
 
     model: nn.Module
@@ -72,6 +73,8 @@ def _load(source: str, family: str, dtype: str) -> nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM
 
     loader = AutoModelForCausalLM if family == "causal" else AutoModel
+    if family == "multimodal":
+        loader = _multimodal_class(source)
     with _without_bars():
         return loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
@@ -79,9 +82,20 @@ def _load(source: str, family: str, dtype: str) -> nn.Module:
 def _processor(source: str, family: str) -> Any:
     if family == "vision":
         return _image_statistics(source)
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source)
+    return (AutoProcessor if family == "multimodal" else AutoTokenizer).from_pretrained(source)
+
+
+def _multimodal_class(source: str) -> Any:
+    """Transformers' class of a model; not all of them are known to its automatic classes."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    named = next(iter(config.architectures or ()), "")
+    if not named.endswith("ForConditionalGeneration") or not hasattr(transformers, named):
+        raise ValueError(f"model {source}: architecture {named!r} is no multimodal model of Transformers")
+    return getattr(transformers, named)
 
 
 @contextmanager
@@ -101,7 +115,10 @@ def _without_bars() -> Iterator[None]:
 def _family(name: str, config: Any, live: str) -> str:
     if name in models:
         return str(models[name].facts["family"])
-    if any("CausalLM" in architecture for architecture in (live, *(getattr(config, "architectures", None) or ()))):
+    told = (live, *(getattr(config, "architectures", None) or ()))
+    if any("ForConditionalGeneration" in one for one in told) and hasattr(config, "text_config"):
+        return "multimodal"
+    if any("CausalLM" in one for one in told):
         return "causal"
     return "vision" if hasattr(config, "num_channels") and not hasattr(config, "vocab_size") else "encoder"
 

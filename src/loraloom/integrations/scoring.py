@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter
 from loraloom.integrations.backbones import load_backbone
-from loraloom.integrations.generation import answer_tokens, check_judge, is_free, judged
+from loraloom.integrations.generation import check_judge, judged
+from loraloom.integrations.likelihood import Continuation
 from loraloom.integrations.peft import attached
 from loraloom.models import models
 from loraloom.registry import UnknownName
@@ -114,8 +115,8 @@ class Bench:
         model: the frozen base; adapters are attached to it and taken off again.
         name: the model as the user gave it.
         task: the task.
-        family: ``causal``, ``encoder`` or ``vision``.
-        processor: tokenizer, or the mean and deviation of pixels.
+        family: ``causal``, ``multimodal``, ``encoder`` or ``vision``.
+        processor: tokenizer, the model's own processor if it is multimodal, or the mean and deviation of pixels.
         image_size: pixels a side that images are resized to.
         max_length: tokens that text is cut to.
         train_limit: at most so many training examples; the head does not depend on it.
@@ -131,6 +132,16 @@ class Bench:
     train_limit: int | None = None
 
     @property
+    def continues(self) -> bool:
+        """Whether the model continues a text: then choices are scored by their likelihood, and there is no head."""
+        return self.family in ("causal", "multimodal")
+
+    @property
+    def rows(self) -> Continuation:
+        """The task's examples as rows of tokens."""
+        return Continuation(self.processor, self.task, self.max_length)
+
+    @property
     def training(self) -> Sequence[Example]:
         """The examples to train on."""
         return self.task.splits["train"][: self.train_limit]
@@ -139,8 +150,8 @@ class Bench:
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A training batch: model inputs and ``labels``."""
-        if self.family == "causal":
-            return self._pairs([(example, example.label) for example in examples])
+        if self.continues:
+            return self.rows.collate(examples)
         batch = self._inputs(examples)
         return {**batch, "labels": torch.tensor([example.label for example in examples])}
 
@@ -150,27 +161,6 @@ class Bench:
         texts = [str(example.content) for example in examples]
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
         return dict(self.processor(texts, **options))
-
-    def _pairs(self, pairs: Sequence[tuple[Example, int]]) -> dict[str, Tensor]:
-        """Prompts with the text of one choice each; labels are -100 but on the choice's tokens."""
-        rows = []
-        for example, choice in pairs:
-            text = self.task.prompt.format(content=example.content)
-            if is_free(self.task, example):
-                rows.append(answer_tokens(self.processor, text, example.choices[choice], self.max_length))
-                continue
-            answer = self.processor(" " + example.choices[choice], add_special_tokens=False)["input_ids"]
-            prompt = self.processor(text, truncation=True, max_length=self.max_length - len(answer))["input_ids"]
-            rows.append((prompt, answer))
-        length = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.full((len(rows), length), self.processor.pad_token_id or 0)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[row, :end] = torch.tensor(prompt + answer)
-            labels[row, len(prompt) : end] = torch.tensor(answer)
-            mask[row, :end] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     # --- outputs to losses and choices ---------------------------------------------------------------------------
 
@@ -197,7 +187,7 @@ class Bench:
     @property
     def loss(self) -> Callable[..., Tensor] | None:
         """``(outputs, labels, num_items_in_batch) -> loss`` for encoders; None where the model has its own."""
-        if self.family == "causal":
+        if self.continues:
             return None
         head = self.head
         if head.pool == "mean" and self.family == "encoder":
@@ -230,27 +220,10 @@ class Bench:
 
     def choose(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
         """The chosen label of every example, (n,)."""
-        if self.family == "causal":
-            return np.concatenate([self._most_likely(model, chunk) for chunk in _chunks(examples, 16)])
+        if self.continues:
+            return self.rows.choose(model, examples)
         logits = [self.head.logits(self._features(model, batch, self.head)) for batch in self._batches(examples)]
         return torch.cat(logits).argmax(-1).numpy()
-
-    def _most_likely(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
-        """Choice with the highest mean log-likelihood per token."""
-        pairs = [(example, choice) for example in examples for choice in range(len(example.choices))]
-        batch = self._pairs(pairs)
-        labels = batch.pop("labels")[:, 1:]
-        with torch.inference_mode():
-            logits = model(**batch).logits[:, :-1].float()
-        kept = labels >= 0
-        token = -F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
-        means = ((token * kept).sum(1) / kept.sum(1)).tolist()
-        chosen, start = [], 0
-        for example in examples:
-            end = start + len(example.choices)
-            chosen.append(int(np.argmax(means[start:end])))
-            start = end
-        return np.array(chosen)
 
     # --- scores --------------------------------------------------------------------------------------------------
 
@@ -260,7 +233,7 @@ class Bench:
             raise UnknownName("split", split, list(self.task.splits))
         examples = self.task.splits[split][:limit]
         check_judge(self.task, examples, self.name, self.family)
-        if self.family != "causal":
+        if not self.continues:
             _ = self.head  # made while the base is bare: it is of frozen features
         with attached(self.model, adapter) as model:
             training = model.training
@@ -299,8 +272,8 @@ def bench(
     Args:
         model: a bundled name, a hub id, a local folder, or a live model.
         task: a task, its name, or the description of a data set.
-        family: ``causal``, ``encoder`` or ``vision``; by default what the model's configuration says.
-        processor: of a live model: its tokenizer, or a mapping with ``image_mean`` and ``image_std``.
+        family: ``causal``, ``multimodal``, ``encoder`` or ``vision``; by default what the model's configuration says.
+        processor: of a live model: its tokenizer or processor, or a mapping with ``image_mean`` and ``image_std``.
         image_size: pixels a side for vision models.
         max_length: tokens for text models.
         dtype: of the frozen weights of a model that is loaded here.
@@ -316,9 +289,11 @@ def bench(
     """
     made = task if isinstance(task, Task) else load_task(task)
     backbone = load_backbone(model, family=family, processor=processor, dtype=dtype)
-    takes = "image" if backbone.family == "vision" else "text"
-    if made.modality != takes:
-        raise ValueError(f"task {made.name} is of {made.modality}s; {backbone.name} ({backbone.family}) takes {takes}s")
+    takes = {"vision": ("image",), "multimodal": ("image+text", "audio+text", "text")}.get(backbone.family, ("text",))
+    if made.modality not in takes:
+        raise ValueError(
+            f"task {made.name} is of {made.modality}; {backbone.name} ({backbone.family}) takes {' or '.join(takes)}"
+        )
     return Bench(
         backbone.model, backbone.name, made, backbone.family, backbone.processor, image_size, max_length, train_limit
     )
@@ -388,11 +363,6 @@ def _pool(name: str, family: str) -> str:
     if name in models and "pool" in models[name].facts:
         return str(models[name].facts["pool"])
     return "cls" if family == "vision" else "mean"
-
-
-def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
 
 
 __all__ = ["Bench", "Evaluation", "Prototypes", "bench", "evaluate", "fit_prototypes", "pixels", "score"]

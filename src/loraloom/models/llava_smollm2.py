@@ -10,7 +10,7 @@ from loraloom.models.assembly import assembled
 from loraloom.models.smollm2 import smollm2_135m
 from loraloom.models.vit_s14 import PREPROCESSOR, WIDTH, vit_s14
 
-SIDE, PATCH = 56, 14
+SIDE, PATCH = 42, 14
 PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that stand for nothing here
 
 
@@ -24,7 +24,7 @@ PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that st
     package="from vit-s14 and smollm2-135m",
 )
 def llava_smollm2() -> Path:
-    """A LLaVA (Liu et al. 2023) of ViT-S/14 and SmolLM2-135M, for pictures of 56 pixels a side, which are 16 tokens.
+    """A LLaVA (Liu et al. 2023) of ViT-S/14 and SmolLM2-135M, for pictures of 42 pixels a side, which are 9 tokens.
 
     Nothing in it has been trained together: the projector (two layers) is random. Train it first
     (``recipes/moka/vqa-projector.yaml``), then adapters on top of that.

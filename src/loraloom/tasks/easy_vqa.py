@@ -34,7 +34,7 @@ FACTS: dict[str, Any] = {
 }
 
 
-@tasks.register("easy-vqa", prompt="{media}\nQuestion: {content}\nAnswer:", **{**FACTS, "modality": "image+text"})
+@tasks.register("easy-vqa", prompt="{image}\n{content} Answer:", **{**FACTS, "modality": "image+text"})
 def easy_vqa() -> Rows:
     """Questions about pictures of 64 x 64 pixels; 13 answers, of which yes and no are three quarters; own test part."""
     images, told = _stored()
@@ -60,6 +60,34 @@ def easy_vqa() -> Rows:
         return Example(question, answers, answers.index(answer), rows[k].group, {"image": images[part][i]})
 
     return Rows(rows, make, answers)
+
+
+@tasks.register("easy-vqa-caption", prompt="{image}\nThis is a", **{**FACTS, "modality": "image+text"})
+def easy_vqa_caption() -> Rows:
+    """Colour and shape of what is in a picture of 64 x 64 pixels, in words; 24 captions, its own test part."""
+    images, told = _stored()
+    captions = tuple(f"{colour} {shape}" for colour in VALUES["colour"] for shape in VALUES["shape"])
+    found = [
+        (part, i, f"{colour} {shape}")
+        for part in images
+        for i, (colour, shape) in enumerate(zip(told[part]["colour"], told[part]["shape"], strict=True))
+        if colour and shape
+    ]
+    rows = [
+        Row(
+            hashlib.sha256(images[part][i]).hexdigest(),
+            caption,
+            group=f"easy-vqa {part} {i}",
+            part="test" if part == "test" else "",
+        )
+        for part, i, caption in found
+    ]
+
+    def make(k: int) -> Example:
+        part, i, caption = found[k]
+        return Example("", captions, captions.index(caption), rows[k].group, {"image": images[part][i]})
+
+    return Rows(rows, make, captions)
 
 
 @tasks.register("easy-vqa-shape", prompt="What shape is in the image?", **FACTS)

@@ -1,0 +1,160 @@
+"""Models that continue a text, or a text with media in it: examples as rows of tokens, choices by their likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loraloom.integrations.generation import answer_tokens, is_free
+from loraloom.tasks import Example, Task
+
+ONE_A_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what a processor tells of each token; text that follows has 0
+RATE = 16_000
+
+
+class Row(NamedTuple):
+    """Tokens of a prompt, what the processor gave beside them, and the tokens that follow."""
+
+    asked: list[int]
+    beside: Mapping[str, Tensor]
+    told: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """A task as a causal or multimodal model sees it.
+
+    Attributes:
+        processor: the model's tokenizer, or its processor.
+        task: prompts and choices.
+        max_length: tokens of a row. Longer texts lose their end; rows with media in them are refused.
+    """
+
+    processor: Any
+    task: Task
+    max_length: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer alone."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A training batch; labels are -100 but on the tokens of the right answer."""
+        return self._stacked([self._answered(example) for example in examples])
+
+    def _answered(self, example: Example) -> Row:
+        choice = example.choices[example.label]
+        if not is_free(self.task, example):
+            answer = self._tokens(choice)
+            return Row(*self._asked(example, len(answer)), answer)
+        if example.media:
+            answer = [*self._tokens(choice), self.tokenizer.eos_token_id]
+            return Row(*self._asked(example, len(answer)), answer)
+        asked, answer = answer_tokens(self.tokenizer, self._prompt(example), choice, self.max_length)
+        return Row(asked, {}, answer)
+
+    def _tokens(self, answer: str) -> list[int]:
+        return list(self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"])
+
+    def _prompt(self, example: Example) -> str:
+        """The template with the content, and for each medium the processor's placeholder."""
+        places = {name: getattr(self.processor, f"{name}_token", None) for name in example.media}
+        strange = next((name for name, token in places.items() if token is None), None)
+        if strange is not None:
+            raise ValueError(f"task {self.task.name}: {type(self.processor).__name__} takes no {strange}")
+        return self.task.prompt.format(content=example.content, **places)
+
+    def _asked(self, example: Example, answer: int) -> tuple[list[int], Mapping[str, Tensor]]:
+        """Tokens of the prompt, so many that the answer has room, and the tensors beside them."""
+        prompt, room = self._prompt(example), self.max_length - answer
+        if not example.media:
+            return list(self.tokenizer(prompt, truncation=True, max_length=room)["input_ids"]), {}
+        given: dict[str, Any] = {}
+        if "image" in example.media:
+            given["images"] = [[example.media["image"]]]
+        if "audio" in example.media:
+            given |= {"audio": [example.media["audio"]], "sampling_rate": RATE}
+        made = dict(self.processor(text=[prompt], return_tensors="pt", **given))
+        asked = made.pop("input_ids")[0].tolist()
+        made.pop("attention_mask", None)
+        if len(asked) > room:
+            raise ValueError(
+                f"task {self.task.name}: a prompt of {len(asked)} tokens and an answer of {answer} do not fit into "
+                f"data.max_length {self.max_length}; cutting would lose media"
+            )
+        return asked, made
+
+    def _stacked(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows padded on the right to one length; media one after the other."""
+        length = max(len(row.asked) + len(row.told) for row in rows)
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        for key in rows[0].beside:
+            parts = [row.beside[key] for row in rows]
+            batch[key] = torch.zeros_like(ids) if key in ONE_A_TOKEN else torch.cat(parts)
+        for at, (asked, beside, told) in enumerate(rows):
+            start, end = len(asked), len(asked) + len(told)
+            ids[at, :end] = torch.tensor(asked + told)
+            labels[at, start:end] = torch.tensor(told)
+            mask[at, :end] = 1
+            for key in beside.keys() & set(ONE_A_TOKEN):
+                batch[key][at, :start] = beside[key][0]
+        return batch
+
+    def choose(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
+        """The choice with the highest mean log-likelihood per token, (n,)."""
+        return np.array([int(np.argmax(scores)) for scores in self.likelihoods(model, examples)])
+
+    def likelihoods(self, model: nn.Module, examples: Sequence[Example], batch: int = 16) -> Iterator[list[float]]:
+        """Mean log-likelihood per token of each choice of each example, in nats.
+
+        Choices that begin alike share a row: where all are one token, an example is one row.
+        """
+        for start in range(0, len(examples), batch):
+            yield from self._likelihoods(model, examples[start : start + batch])
+
+    def _likelihoods(self, model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
+        answers = [[self._tokens(choice) for choice in example.choices] for example in examples]
+        rows: list[Row] = []
+        places: list[list[int]] = []  # row of each choice
+        for example, told in zip(examples, answers, strict=True):
+            asked = self._asked(example, max(map(len, told)))
+            shared = longest([answer[:-1] for answer in told])
+            places.append(
+                [len(rows) + next(i for i, s in enumerate(shared) if s[: len(a) - 1] == tuple(a[:-1])) for a in told]
+            )
+            rows += [Row(*asked, list(beginning)) for beginning in shared]
+        batch = self._stacked(rows)
+        if not rows[0].beside:
+            del batch["labels"]  # else they tell which tokens no other modality may look at
+        with torch.inference_mode():
+            logits = model(**batch).logits
+        logs = [
+            torch.log_softmax(held[len(row.asked) - 1 : len(row.asked) + len(row.told)].float(), -1)
+            for held, row in zip(logits, rows, strict=True)
+        ]
+        return [
+            [logs[row][torch.arange(len(a)), torch.tensor(a)].mean().item() for row, a in zip(where, told, strict=True)]
+            for where, told in zip(places, answers, strict=True)
+        ]
+
+
+def longest(rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The rows that are not the beginning of another, each once.
+
+    Example:
+        >>> longest([[], [], [5], [5, 7], [6]])
+        [(5, 7), (6,)]
+    """
+    distinct = dict.fromkeys(map(tuple, rows))
+    return [row for row in distinct if not any(other[: len(row)] == row and other != row for other in distinct)]
+
+
+__all__ = ["Continuation", "longest"]
