@@ -1,9 +1,9 @@
 """Which token of a forward pass is of which modality: hooks on a Transformers model that make one routing for it.
 
 The hooks stand on the Transformers model, which PEFT, ``generate`` and wrappers for several devices all call; they make
-one :class:`Routing` for the whole forward pass. Layers read it from a context variable, so threads do not meet;
-recomputation in checkpointed layers gets the one of its own forward pass. ``generate`` is given a context too, so that
-what was generated is never looked at and the explicit arguments reach the first forward pass.
+one :class:`Routing` for the whole forward pass. Layers read it from where their thread keeps it; recomputation in
+checkpointed layers gets the one of its own forward pass. ``generate`` keeps where its prompt ends, so that what was
+generated is never looked at, and the explicit arguments for the first forward pass.
 
 What cannot be seen from here: a cache whose tokens of another modality were computed beside another question. Give the
 whole prompt in one forward pass; do not share prefixes between questions.
@@ -12,8 +12,8 @@ whole prompt in one forward pass; do not share prefixes between questions.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
+from loraloom.integrations import inputs
 from loraloom.strategies.modality import MokA
-from loraloom.strategies.rankspace import PAD, TEXT, Routing, RoutingError, route, segments_of, text_only
+from loraloom.strategies.rankspace import PAD, Routing, RoutingError, route, text_only
 
 OWN_ARGUMENTS = ("modality_ids", "question_mask", "segment_ids")
 _KINDS = ("text", "image", "video", "audio")  # what mm_token_type_ids numbers
@@ -56,9 +57,27 @@ class _Generation:
         padded = {name: nn.functional.pad(told, (0, length)) for name, told in self.given.items()}
         return {name: told[:, first : first + length] for name, told in padded.items()}
 
+    def refuse_parts(self, there: int) -> None:
+        """Refuse a forward pass with other modalities after which there are so many tokens, and not the whole prompt.
 
-_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("passes", default=())
-_generating: ContextVar[_Generation | None] = ContextVar("generating", default=None)
+        Raises:
+            RoutingError: it is one.
+        """
+        if there < self.end:
+            raise RoutingError(
+                f"generate feeds its prompt of {self.end} tokens in parts (up to {there}), and another modality would "
+                "be parted from the text that it looks at; leave prefill_chunk_size out"
+            )
+
+
+class _Here(threading.local):
+    """What goes on in this thread. No context variable: torch.compile cannot read one inside of a layer."""
+
+    passes: tuple[_Pass, ...] = ()
+    generation: _Generation | None = None
+
+
+_here = _Here()
 
 
 def current(tokens: torch.Size) -> Routing:
@@ -67,7 +86,7 @@ def current(tokens: torch.Size) -> Routing:
     Raises:
         RoutingError: there is none, or it is of other tokens.
     """
-    passes = _passes.get()
+    passes = _here.passes
     routing = passes[-1].routing if passes else None
     if routing is None:
         raise RoutingError(f"no routing in this forward pass: {_REMEDY}")
@@ -102,7 +121,7 @@ class Router:
                 "text to look at; an encoder-decoder needs attention='none'"
             )
         self._parameters = tuple(inspect.signature(model.forward).parameters)
-        found = {name: id_ for name in _KINDS[1:] if (id_ := _placeholder(model, name)) is not None}
+        found = {name: id_ for name in _KINDS[1:] if (id_ := inputs.placeholder(model, name)) is not None}
         told = {**found, **plan.tokens}
         strange = [name for name in dict.fromkeys((*told, *_KINDS[1:])) if name not in plan.modalities]
         numbers = {**plan.modalities, **{name: i for i, name in enumerate(strange, start=len(plan.groups))}}
@@ -131,46 +150,49 @@ class Router:
             routing, open_end = self._routed(given, module.training)
         if torch.is_grad_enabled():
             _capture(module)
-        others = [one for one in _passes.get() if one.module is not module]  # an interrupted pass leaves its own
-        _passes.set((*others, _Pass(module, routing, open_end)))
+        others = [one for one in _here.passes if one.module is not module]  # an interrupted pass leaves its own
+        _here.passes = (*others, _Pass(module, routing, open_end))
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the routing; called when forward raises, too."""
-        passes = _passes.get()
-        if not passes or passes[-1].module is not module:  # it raised before there was a routing
+        if not _here.passes or _here.passes[-1].module is not module:  # it raised before there was a routing
             return
-        _passes.set(passes[:-1])
-        if passes[-1].open_end is not None and (cache := _cache_of(output)) is not None:
-            setattr(cache, _OPEN_END, passes[-1].open_end)
+        *others, this = _here.passes
+        _here.passes = tuple(others)
+        if this.open_end is not None and (cache := inputs.cache_of(output)) is not None:
+            setattr(cache, _OPEN_END, this.open_end)
 
     # --- which token is what -------------------------------------------------------------------------------------
     def _routed(self, given: Mapping[str, Any], training: bool) -> tuple[Routing, Tensor | None]:
-        """The routing, and which rows a later forward pass with the same cache must not go on with."""
-        like = self._tokens(given)
-        if self.seq2seq:
-            return text_only(self.plan, like), None
-        length, past = like.shape[1], _cached(given.get("past_key_values"))
-        generation = _generating.get()
+        """The routing, and in which rows the text that is looked at may only follow in the next forward pass."""
+        like, cache = self._tokens(given), given.get("past_key_values")
+        past = inputs.cached(cache)
+        if past and (rows := getattr(cache, _OPEN_END, None)) is not None and bool(rows.any()):
+            raise RoutingError(
+                "the cached tokens end in another modality, and the text that it looks at may only follow now; give "
+                "the whole prompt in one forward pass, or question_mask with its first part"
+            )
+        generation = _here.generation
         if generation is not None and generation.router is not self:
             generation = None
+        if self.seq2seq or (generation is not None and past >= generation.end):
+            return text_only(self.plan, like), None
         if generation is not None:
-            if past >= generation.end:
-                return text_only(self.plan, like), None
-            given = {**generation.of(past, length), **given}
-        given = {**given, **{name: _fitted(name, given, like, generation) for name in OWN_ARGUMENTS}}
+            given = {**generation.of(past, like.shape[1]), **given}
+        own = {name: given[name] for name in OWN_ARGUMENTS if given.get(name) is not None}
+        given = {**given, **{name: inputs.fitted(name, told, like, bool(generation)) for name, told in own.items()}}
         types = self._types(given, like)
-        pads, allowed = _seen(given, types, past)
+        pads, allowed = inputs.padding(given, types, past)
         types = torch.where(pads, PAD, types)
-        segments = _segments(given, types, pads)
+        segments = inputs.segments(given, types, pads)
         if segments is None and generation is None and allowed is not None:
-            _refuse_parted(allowed)
-        labels, question = given.get("labels"), given["question_mask"]
+            inputs.refuse_parted(allowed, types)
         routing = route(
             self.plan,
             types,
-            labels=labels if labels is not None and labels.ndim == 2 and not labels.is_floating_point() else None,
-            question=question,
+            labels=inputs.token_labels(given),
+            question=given.get("question_mask"),
             ids=given.get("input_ids"),
             segments=segments,
             prompt=None if generation is None else generation.end - past,
@@ -180,36 +202,35 @@ class Router:
         if routing.plain or self.plan.attention == "none":
             return routing, None
         if generation is not None:
-            _refuse_parts(past + length, generation.end)
+            generation.refuse_parts(past + like.shape[1])
             return routing, None
-        told = labels is not None or question is not None
-        if training and not told and self.plan.keys in ("prompt", "after-last-modality"):
+        return routing, self._open_end(given, types, training)
+
+    def _open_end(self, given: Mapping[str, Any], types: Tensor, training: bool) -> Tensor | None:
+        """In which rows the question may be incomplete; None where it is told, and must be told in training."""
+        if given.get("labels") is not None or given.get("question_mask") is not None:
+            return None
+        if training and self.plan.keys in ("prompt", "after-last-modality"):
             raise RoutingError(
                 "a forward pass in training mode without labels: the answer cannot be told from the prompt, and "
                 "other modalities would look at it; pass labels, or question_mask (batch x tokens, 1 on the prompt)"
             )
-        return routing, None if told else _open_end(types)
+        return inputs.open_end(types)
 
     def _tokens(self, given: Mapping[str, Any]) -> Tensor:
         """Ids or embeddings of the tokens that the decoder sees."""
-        names = ("input_ids", "inputs_embeds")
+        names = ["input_ids", "inputs_embeds"]
         if self.seq2seq:
-            names = ("decoder_input_ids", "decoder_inputs_embeds", "labels")  # type: ignore[assignment]
-        found = next((given[name] for name in names if given.get(name) is not None), None)
-        if found is None:
-            raise RoutingError(f"a forward pass without {' or '.join(names)}: the tokens cannot be told")
-        cache = given.get("past_key_values")
-        open_end = getattr(cache, _OPEN_END, None)
-        if open_end is not None and _cached(cache) and bool(open_end.any()):
-            raise RoutingError(
-                "the cached tokens end in another modality, and the text that it looks at may only follow now; give "
-                "the whole prompt in one forward pass, or question_mask with its tokens"
-            )
-        return found
+            names = ["decoder_input_ids", "decoder_inputs_embeds", "labels"]
+        for name in names:
+            if given.get(name) is not None:
+                return given[name]
+        raise RoutingError(f"a forward pass without {' or '.join(names)}: the tokens cannot be told")
 
     def _types(self, given: Mapping[str, Any], like: Tensor) -> Tensor:
         """Numbers of A's from the explicit ids, the processor's types or the placeholders, in this order."""
-        explicit, kinds, ids = (given.get(name) for name in ("modality_ids", "mm_token_type_ids", "input_ids"))
+        explicit, kinds = given.get("modality_ids"), given.get("mm_token_type_ids")
+        ids: Any = given.get("input_ids")
         if explicit is not None:
             allowed = (explicit >= PAD).logical_and(explicit < len(self.plan.groups))
             return torch.where(allowed, explicit, self._wrong).long()
@@ -233,70 +254,6 @@ class Router:
         return types
 
 
-def _segments(given: Mapping[str, Any], types: Tensor, pads: Tensor) -> Tensor | None:
-    """Segments of packed rows, from what we or Transformers are given for them; None where no row is packed."""
-    bounds, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
-    for name in ("segment_ids", "seq_idx"):
-        if given.get(name) is not None:
-            return given[name].expand(types.shape)
-    if bounds is not None:
-        places = torch.arange(types.shape[1], device=types.device)
-        return torch.bucketize(places, bounds[1:].to(places), right=True).expand(types.shape)
-    if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:  # text, time, height, width
-        positions = positions[0]
-    if positions is None or positions.ndim != 2 or types.shape[1] == 1:
-        return None
-    return segments_of(positions.expand(types.shape), pads)
-
-
-def _seen(given: Mapping[str, Any], types: Tensor, past: int) -> tuple[Tensor, Tensor | None]:
-    """Which tokens are padding; of a mask of four dimensions also which token sees which, batch x tokens x tokens."""
-    pads, length, mask = types == PAD, types.shape[1], given.get("attention_mask")
-    if isinstance(mask, Mapping):  # by kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None:
-        return pads, None
-    if not isinstance(mask, Tensor):
-        if given["modality_ids"] is None:
-            raise RoutingError(
-                f"attention_mask is a {type(mask).__name__}, which does not tell the padding; pass modality_ids, "
-                f"{PAD} on padding"
-            )
-        return pads, None
-    last = past + length if mask.shape[-1] >= past + length else mask.shape[-1]
-    mask = mask[..., max(last - length, 0) : last].to(types.device)
-    if mask.ndim == 2:
-        return (pads | ~mask.bool() if mask.shape[1] == length else pads), None
-    allowed = mask[:, 0] > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask[:, 0].bool()
-    if allowed.shape[1] != length:
-        return pads, None
-    return pads | ~allowed.any(1), allowed
-
-
-def _refuse_parted(allowed: Tensor) -> None:
-    """Packed rows that only a mask tells: no token of a row sees all that are seen in it."""
-    if bool((allowed.sum(2).amax(1) < allowed.any(1).sum(1)).any()):
-        raise RoutingError(
-            "the attention mask parts a row into several sequences (packing), and nothing tells which; "
-            "pass position_ids that begin again in each, or segment_ids (batch x tokens)"
-        )
-
-
-def _refuse_parts(there: int, prompt: int) -> None:
-    if there < prompt:
-        raise RoutingError(
-            f"generate feeds its prompt of {prompt} tokens in parts (up to {there}), and another modality would be "
-            "parted from the text that it looks at; leave prefill_chunk_size out"
-        )
-
-
-def _open_end(types: Tensor) -> Tensor:
-    """Which rows' last token that is no padding is of another modality."""
-    places = torch.arange(types.shape[1], device=types.device)
-    last = torch.where(types == PAD, -1, places).amax(1, keepdim=True).clamp(min=0)
-    return types.gather(1, last) > TEXT
-
-
 class _Captured:
     """A checkpoint function that runs the layer, then and in recomputation, in the forward pass of now."""
 
@@ -304,14 +261,14 @@ class _Captured:
         self.function = function
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        passes = _passes.get()
+        passes = _here.passes
 
         def again(*inner: Any, **named: Any) -> Any:
-            token = _passes.set(passes)
+            before, _here.passes = _here.passes, passes
             try:
                 return layer(*inner, **named)
             finally:
-                _passes.reset(token)
+                _here.passes = before
 
         return self.function(again, *args, **kwargs)
 
@@ -325,47 +282,6 @@ def _capture(module: nn.Module) -> None:
                 setattr(part, name, _Captured(function))
 
 
-def _cached(cache: Any) -> int:
-    """Tokens in a cache before this forward pass."""
-    if cache is None:
-        return 0
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0][0].shape[-2])
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache in a model's output."""
-    parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
-
-
-def _fitted(name: str, given: Mapping[str, Any], like: Tensor, generation: _Generation | None) -> Tensor | None:
-    """An argument of ours, checked; in ``generate`` a row is repeated for its beams and returned sequences."""
-    told = given.get(name)
-    if told is None:
-        return None
-    told = _whole_numbers(name, told)
-    batch = like.shape[0]
-    if generation is not None and told.shape[0] and batch % told.shape[0] == 0:
-        told = told.repeat_interleave(batch // told.shape[0], dim=0)
-    if told.shape != like.shape[:2]:
-        raise RoutingError(f"{name} is {tuple(told.shape)}, the tokens are {tuple(like.shape[:2])}; give one a token")
-    return told.to(like.device)
-
-
-def _whole_numbers(name: str, told: Any) -> Tensor:
-    if not isinstance(told, Tensor) or told.is_floating_point() or told.ndim != 2:
-        what = f"{told.dtype} of {told.ndim} dimensions" if isinstance(told, Tensor) else type(told).__name__
-        raise RoutingError(f"{name} must be a tensor of whole numbers, batch x tokens, got {what}")
-    return told
-
-
-def _placeholder(model: nn.Module, name: str) -> int | None:
-    """The id that stands for a token of a modality in ``input_ids``."""
-    config = getattr(model, "config", None)
-    found = (getattr(config, f"{name}_{key}", None) for key in ("token_id", "token_index"))
-    return next((id_ for id_ in found if isinstance(id_, int)), None)
-
-
 def generate(router: Router, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the Transformers model, which remembers where the prompt ends."""
     given = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
@@ -375,15 +291,15 @@ def generate(router: Router, original: Callable[..., Any], *args: Any, **kwargs:
     source = next((one for one in (*told, *args[:1]) if isinstance(one, Tensor)), None)
     length = 0 if source is None or router.seq2seq else source.shape[1]
     for name, one in given.items():
-        if _whole_numbers(name, one).shape[1] != length:
+        if inputs.whole_numbers(name, one).shape[1] != length:
             raise RoutingError(f"{name} is {tuple(one.shape)}, the prompt has {length} tokens; give one a token")
-    mask, cached = kwargs.get("attention_mask"), _cached(kwargs.get("past_key_values"))
+    mask, cached = kwargs.get("attention_mask"), inputs.cached(kwargs.get("past_key_values"))
     start = cached if mask is not None and mask.shape[-1] != length else 0  # else the prompt holds what is cached
-    token = _generating.set(_Generation(router, start, start + length, given))
+    before, _here.generation = _here.generation, _Generation(router, start, start + length, given)
     try:
         return original(*args, **kwargs)
     finally:
-        _generating.reset(token)
+        _here.generation = before
 
 
 def is_seq2seq(model: Any) -> bool:
