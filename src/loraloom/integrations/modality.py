@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
@@ -111,9 +112,8 @@ class MokALinear(LoraLinear):
         for name in names:
             a: Any = self.lora_A[name]
             stacked = a(self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype)))
-            result = result + self.lora_B[name](
-                self.scaling[name] * hidden(self.plan, stacked, routing)
-            )  # scaled where it is small
+            h = self.scaling[name] * hidden(self.plan, stacked, routing)  # scaled where it is small
+            result = result + self.lora_B[name](h)
         return result.to(base.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
@@ -146,6 +146,8 @@ class MokALinear(LoraLinear):
 # --- wrapping ---------------------------------------------------------------------------------------------------------
 def wrap(plan: MokA, model: nn.Module, target_modules: str | Sequence[str] = "all-linear", **options: Any) -> Any:
     """Put fresh MokA adapters on a model; see :meth:`MokA.wrap`."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model already has adapters; wrap the base model (peft_model.unload() gives it)")
     for name in options:
         if name in _OF_THE_PLAN:
             raise ValueError(f"{name} is told by the plan (MokA(rank=, alpha=, dropout=)), not by an option")
