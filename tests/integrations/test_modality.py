@@ -667,7 +667,7 @@ def trained(folder: Any, steps: int, resume: bool = False, coto: bool = False, *
 
 def test_the_trainer_trains_it_and_goes_on_where_it_was(tmp_path: Any) -> None:
     whole, losses = trained(tmp_path / "whole", 12)
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     trained(tmp_path / "parted", 6)
     again, _ = trained(tmp_path / "parted", 12, resume=True)
     wanted = adapters(whole)
