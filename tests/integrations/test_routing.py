@@ -447,14 +447,20 @@ def test_layers_in_a_checkpoint_wrapper_of_torch():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
-def test_layers_that_are_compiled():
+def test_a_layer_that_is_compiled():
     model, batch = adapted(), image_batch()
-    expected = logits(model, **batch)
-    for layer in model.get_base_model().model.language_model.layers:
-        layer.compile(backend="eager", fullgraph=True)
-    assert close(logits(model, **batch), expected)
-    other = image_batch(seed=4)
-    assert close(logits(model, **other), logits(adapted(), **other))
+    model.get_base_model().model.language_model.layers[0].compile(backend="eager", fullgraph=True)
+    explicit = {**image_batch(seed=4), "modality_ids": (batch["input_ids"] == IMAGE).long().flip(1)}
+    for inputs in (batch, explicit, {"input_ids": batch["input_ids"][:, 5:]}):
+        assert close(logits(model, **inputs), logits(adapted(), **inputs))
+
+
+def test_a_model_that_is_compiled_whole():
+    model = lively(ll.MokA(**PLAN, tokens={"image": IMAGE}).wrap(tiny_llama(), ["v_proj"])).eval()
+    compiled, ids = torch.compile(model, backend="eager"), image_batch()["input_ids"]
+    for inputs in ({}, {"modality_ids": (ids == IMAGE).long().flip(1)}):
+        assert close(logits(compiled, input_ids=ids, **inputs), logits(model, input_ids=ids, **inputs))
+    assert routing_module._here.passes == ()
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -528,25 +534,16 @@ def test_a_model_that_tells_no_placeholder():
 
 
 def test_placeholders_that_the_model_expands():
+    """As Qwen2-Audio once did with its single placeholder: the decoder sees more tokens than there are ids."""
     model = adapted(tiny_qwen_audio, modalities={"audio": 1})
-    explicit = torch.zeros(1, 11, dtype=torch.long)
-    layer = layers_of(model)[0]
+
+    def expand(module, args, kwargs):
+        longer = nn.functional.pad(kwargs["inputs_embeds"], (0, 0, 0, 3))
+        return args, {**kwargs, "inputs_embeds": longer, "attention_mask": None, "position_ids": None}
+
+    model.get_base_model().model.language_model.register_forward_pre_hook(expand, with_kwargs=True)
     with pytest.raises(RoutingError, match=r"sees \(1, 14\) tokens, the routing is of \(1, 11\).*expand the placehold"):
-        handle = model.get_base_model().model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: (
-                args,
-                {
-                    **kwargs,
-                    "inputs_embeds": nn.functional.pad(kwargs["inputs_embeds"], (0, 0, 0, 3)),
-                    "attention_mask": None,
-                    "position_ids": None,
-                },
-            ),
-            with_kwargs=True,
-        )
-        model(input_ids=torch.full((1, 11), 5), modality_ids=explicit)
-    handle.remove()
-    assert layer.lora_A
+        model(input_ids=torch.full((1, 11), 5))
 
 
 def test_experts_whose_tokens_are_flattened():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_multimodal import AUDIO, CASES, IMAGE, lively, tiny_llama, tiny_moe, tiny_whisper, without
 
 import loraloom as ll
+from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.modality import MokALinear
 from loraloom.integrations.routing import current
-from loraloom.strategies.rankspace import RoutingError
+from tiny_multimodal import AUDIO, CASES, IMAGE, PADDING, VIDEO, lively, tiny_whisper, without
 
 
 def adapted(case, **plan):
@@ -114,3 +114,72 @@ def test_a_step_trains_every_a_that_is_met_and_the_folder_is_written(name, tmp_p
                 assert gradient.any(), path
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}])
+def test_generate_gives_the_same_with_padding_and_with_any_cache(name, how):
+    model, batch = adapted(CASES[name]), without(CASES[name].batch(), "labels")
+    fixed = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [AUDIO, VIDEO, IMAGE]}
+    beams = {"num_beams": how.get("num_beams", 1)}
+    plain = model.generate(**batch, **fixed, **beams)
+    padded = dict(batch)
+    for key, value in (("input_ids", PADDING), ("attention_mask", 0), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        if key in batch:
+            padded[key] = torch.nn.functional.pad(batch[key], (2, 0), value=value)
+    assert torch.equal(model.generate(**padded, **fixed, **how)[:, 2:], plain)
+
+
+# An encoder-decoder ---------------------------------------------------------------------------------------------------
+
+
+def whisper():
+    plan = ll.MokA({"audio": 1}, rank=2, dropout=0.0, attention="none")
+    return lively(plan.wrap(tiny_whisper())).eval()
+
+
+def speech():
+    features = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    return {"input_features": features, "labels": torch.tensor([[5, 6, 7], [8, 9, 4]])}
+
+
+def test_an_encoder_has_no_text_to_look_at():
+    with pytest.raises(UnsupportedKind, match=r"attention='cross': the encoder of Whisper.*needs attention='none'"):
+        ll.MokA({"audio": 1}).wrap(tiny_whisper())
+
+
+def test_audio_is_what_the_encoder_sees_and_text_what_the_decoder_sees(tmp_path):
+    """As one LoRA for what reads the encoder's tokens and one for what reads the decoder's."""
+    model, batch = whisper(), speech()
+    layers = moka_layers(model)
+    assert len(layers) == 2 * 6 + 2 * 10
+    entered, expected = {}, {}
+    for path, layer in layers.items():
+
+        def seen(layer, args, output, path=path):
+            x, a, b = args[0], layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            of_audio = ".encoder." in path or path.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+            entered[path] = output
+            own = a[2:] if of_audio else a[:2]
+            expected[path] = layer.base_layer(x) + layer.scaling["default"] * (x @ own.T @ b.T)
+
+        layer.register_forward_hook(seen)
+    model(**batch).loss.backward()
+    assert set(entered) == set(layers)
+    for path in layers:
+        assert torch.allclose(entered[path], expected[path], atol=1e-5), path
+        assert layers[path].lora_A["default"].weight.grad.abs().sum() > 0, path
+    model.save_pretrained(tmp_path)
+
+
+def test_an_encoder_decoder_generates():
+    model, batch = whisper(), without(speech(), "labels")
+    start = torch.ones(2, 1, dtype=torch.long)
+    found = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    tokens = start
+    with torch.no_grad():
+        for _ in range(3):
+            scores = model(**batch, decoder_input_ids=tokens).logits[:, -1]
+            scores[:, [2, PADDING]] = -torch.inf
+            tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found[:, -3:], tokens[:, -3:])
