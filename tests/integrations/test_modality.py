@@ -382,7 +382,7 @@ class Quantised(nn.Linear):
 
     def __init__(self, given: nn.Linear) -> None:
         super().__init__(given.in_features, given.out_features, bias=given.bias is not None)
-        self.step = float(given.weight.abs().max()) / 127
+        self.step = float(given.weight.detach().abs().max()) / 127
         self.weight = nn.Parameter((given.weight / self.step).round().to(torch.int8), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

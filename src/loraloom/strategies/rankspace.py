@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,15 @@ class Routing:
     Attributes:
         types: number of each token's A (0 text), batch x tokens.
         plain: whether all are text.
+        columns: where each token's A stands in the stacked ones, batch x tokens x columns of B; None where all are
+            text or share an A.
         lookups: what to look up; empty without attention.
         live: 1 where a token gets the update, batch x tokens x 1; None is everywhere.
     """
 
     types: Int[Tensor, "batch tokens"]
     plain: bool
+    columns: Int[Tensor, "batch tokens width"] | None = None
     lookups: tuple[Lookup, ...] = ()
     live: Float[Tensor, "batch tokens 1"] | None = None
     elsewhere: dict[torch.device, Routing] = field(default_factory=dict, repr=False, compare=False)
@@ -59,15 +63,14 @@ class Routing:
         if self.types.device == device:
             return self
         if device not in self.elsewhere:
-            lookups = tuple(
-                replace(one, index=one.index.to(device), bias=one.bias.to(device), gain=one.gain.to(device))
-                for one in self.lookups
-            )
-            live = None if self.live is None else self.live.to(device)
-            self.elsewhere[device] = replace(
-                self, types=self.types.to(device), lookups=lookups, live=live, elsewhere={}
-            )
+            lookups = tuple(_moved(one, device) for one in self.lookups)
+            self.elsewhere[device] = replace(_moved(self, device), lookups=lookups, elsewhere={})
         return self.elsewhere[device]
+
+
+def _moved(held: Any, device: torch.device) -> Any:
+    values = {one.name: getattr(held, one.name) for one in fields(held)}
+    return replace(held, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 class RoutingError(ValueError):
@@ -139,7 +142,7 @@ def route(
         if size
     ]
     types = types.clamp(min=TEXT)
-    return Routing(types, False, tuple(lookups), _live(plan, types))
+    return Routing(types, False, _columns(plan, types), tuple(lookups), _live(plan, types))
 
 
 def text_only(plan: MokA, like: Shaped[Tensor, "batch tokens ..."]) -> Routing:
@@ -158,6 +161,16 @@ def _live(plan: MokA, types: Tensor) -> Tensor | None:
         return None
     on = [float(group.split("+")[0] in plan.active) for group in plan.groups]
     return _valued(on, types)[..., None]
+
+
+def _columns(plan: MokA, types: Tensor) -> Tensor | None:
+    """For each token the columns of its A; one behind the last, which is 0, where its rank is below B's."""
+    if plan.own == "B":
+        return None
+    place = torch.arange(plan.width, device=types.device)
+    starts = [sum(plan.ranks[:number]) for number in range(len(plan.ranks))]
+    found = place + _valued(starts, types).long()[..., None]
+    return torch.where(place < _valued(plan.ranks, types)[..., None], found, plan.rows)
 
 
 def _valued(values: Sequence[float], types: Tensor) -> Tensor:
@@ -277,7 +290,7 @@ def hidden(
     Example:
         >>> plan = MokA({"image": 1}, rank=1, attention="none")
         >>> stacked = torch.tensor([[[1.0, 10.0], [2.0, 20.0]]])
-        >>> hidden(plan, stacked, Routing(torch.tensor([[0, 1]]), plain=False)).flatten()
+        >>> hidden(plan, stacked, route(plan, torch.tensor([[0, 1]]))).flatten()
         tensor([ 1., 20.])
     """
     h = _chosen(plan, stacked, routing)
@@ -293,18 +306,14 @@ def hidden(
 
 def _chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
     """A_m x of each token, with zeros up to the width of B."""
-    ranks, width = plan.ranks, plan.width
     if plan.own == "B":
         return stacked
-    parts = stacked.split(ranks, -1)
-    if routing.plain:
-        parts = parts[:1]
-    if len(set(ranks)) > 1:
-        parts = tuple(F.pad(part, (0, width - part.shape[-1])) for part in parts)
-    h, types = parts[0], routing.types[..., None]
-    for number, part in enumerate(parts[1:], start=1):
-        h = torch.where(types == number, part, h)
-    return h
+    if routing.columns is None:
+        first = stacked[..., : plan.ranks[0]]
+        return first if plan.ranks[0] == plan.width else F.pad(first, (0, plan.width - plan.ranks[0]))
+    if len(set(plan.ranks)) > 1:
+        stacked = F.pad(stacked, (0, 1))
+    return stacked.gather(-1, routing.columns.expand(*stacked.shape[:2], -1))
 
 
 def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
@@ -317,7 +326,7 @@ def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
             query, key = (part.unflatten(-1, (plan.heads, -1)).transpose(1, 2) for part in (wide, keys))
             bias = lookup.bias.to(wide.dtype)
             found = F.scaled_dot_product_attention(query, key, key, attn_mask=bias, scale=lookup.sharp)
-            total = total + lookup.gain.to(wide.dtype) * found.transpose(1, 2).flatten(2)
+            total = torch.addcmul(total, lookup.gain.to(wide.dtype), found.transpose(1, 2).flatten(2))
         return total.to(h.dtype)
 
 
