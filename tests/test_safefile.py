@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 from contextlib import closing
 
 import pytest
@@ -59,6 +61,30 @@ def test_rescaling_in_place(tmp_path):
     held = load_file(tmp_path / "x")
     assert held["b"].tolist() == [0, 3, 6, 9, 12] and held["a"].tolist() == held["c"].tolist() == [0, 1, 2, 3, 4]
     assert held["d"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("fault", [None, OSError("the disk is gone")])
+def test_what_is_written_goes_to_the_disk_meanwhile_and_faults_are_told(tmp_path, fault, monkeypatch):
+    synced = []
+
+    def sync(handle):
+        synced.append(os.fstat(handle).st_size)
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr(safefile, "_SYNC", 64)
+    monkeypatch.setattr(os, "fdatasync", sync)
+    tensors = {
+        str(n): torch.full((10,), float(n)) for n in range(5)
+    }  # 40 bytes each: a multiple of 64 is passed thrice
+    if fault is None:
+        written(tmp_path / "x", tensors)
+        assert load_file(tmp_path / "x")["4"].tolist() == [4.0] * 10
+    else:
+        with pytest.raises(OSError, match="disk is gone"):
+            written(tmp_path / "x", tensors)
+    assert len(synced) == 3 if fault is None else synced
+    assert not [thread for thread in threading.enumerate() if "loraloom-sync" in thread.name]
 
 
 def test_a_name_twice_and_a_strange_type_are_refused(tmp_path):

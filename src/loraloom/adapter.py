@@ -153,9 +153,12 @@ def concat(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     if len(sizes) > 1:
         raise AdapterMismatch(f"deltas of different sizes do not add: {sorted(sizes)}")
     dtype = parts[0].dtype
-    b = torch.cat(
-        [(weight * part.scale) * part.B.to(dtype) for part, weight in zip(parts, weights, strict=True)], dim=1
-    )
+    shares = [weight * part.scale for part, weight in zip(parts, weights, strict=True)]
+    columns = [part.B.to(dtype) for part in parts]
+    if len(set(shares)) == 1:
+        b = torch.cat(columns, dim=1).mul_(shares[0])
+    else:
+        b = torch.cat([share * column for share, column in zip(shares, columns, strict=True)], dim=1)
     a = torch.cat([part.A.to(dtype) for part in parts], dim=0)
     return Factors(B=b, A=a, kernel=parts[0].kernel, embedding=parts[0].embedding)
 

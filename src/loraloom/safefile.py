@@ -7,6 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # bytes at a time: what was read is still in the cache when it is used
+_SYNC = 1 << 26  # bytes that are brought to the disk together
 
 
 class SafeFile:
@@ -71,8 +73,8 @@ class SafeFile:
         if begin == end:
             return torch.empty(entry["shape"], dtype=dtype)
         data = torch.empty(end - begin, dtype=torch.uint8)
-        buffer, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
-        while done < len(buffer):
+        buffer, done = data.numpy(), 0
+        while done < end - begin:  # a read may be cut at 2 GiB
             got = os.preadv(self._handle, [buffer[done:]], self._start + begin + done)
             if got == 0:
                 raise ValueError(f"{self.path} has been cut short since it was opened")
@@ -83,7 +85,8 @@ class SafeFile:
 class Writer:
     """A safetensors file, written tensor by tensor as they come; the header goes into room left for it in front.
 
-    The format allows spaces behind the header, so the room need not be filled.
+    The format allows spaces behind the header, so the room need not be filled. A thread brings what was written to the
+    disk meanwhile, so that little is left to wait for at the end.
 
     Args:
         path: the new file.
@@ -96,6 +99,8 @@ class Writer:
         self._room = room + -room % 8
         self._header: dict[str, dict[str, Any]] = {}
         self._end = 0
+        self._syncing = ThreadPoolExecutor(1, "loraloom-sync")
+        self._synced: list[Future[None]] = []
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -113,6 +118,8 @@ class Writer:
         span = [self._end, self._end + len(data)]
         self._header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         self._end = span[1]
+        if span[0] // _SYNC < span[1] // _SYNC:
+            self._synced.append(self._syncing.submit(os.fdatasync, self._file.fileno()))
 
     def rescale(self, key: str, by: float) -> None:
         """Multiply a tensor that is already written."""
@@ -125,6 +132,8 @@ class Writer:
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header and bring all to the disk."""
+        for part in self._synced:
+            part.result()  # the system tells of an error once only
         if any(entry["data_offsets"][0] % _BY_NAME[entry["dtype"]].itemsize for entry in self._header.values()):
             self._sort()
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -134,10 +143,11 @@ class Writer:
         self._file.seek(0)
         self._write(self._room.to_bytes(8, "little") + text.ljust(self._room))
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
 
     def close(self) -> None:
         """Let go of the file, whatever is in it."""
+        self._syncing.shutdown(cancel_futures=True)
         self._file.close()
 
     def _write(self, data: Any) -> None:

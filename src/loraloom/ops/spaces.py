@@ -113,20 +113,43 @@ def in_factors(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     keep = request.keep_scale and len(set(scales)) == 1
     inner = [1.0] * len(whole) if keep else scales  # what goes into the factors; the rest stays outside
     signed = [math.copysign(math.sqrt(abs(scale)), scale) for scale in inner]
-    b = torch.stack([root * part.B.to(working) for root, part in zip(signed, whole, strict=True)])
-    a = torch.stack([abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)])
-    of_b, of_a = None, None
-    if request.statistics is not None:  # flat, B before A
-        flat = torch.stack(list(request.statistics)).to(b)
-        of_b, of_a = flat[:, : b[0].numel()].view_as(b), flat[:, b[0].numel() :].view_as(a)
+    if request.linear:
+        shares = _shares(request)
+        b = _weighted([part.B for part in whole], [c * root for c, root in zip(shares, signed, strict=True)], working)
+        a = _weighted(
+            [part.A for part in whole], [c * abs(root) for c, root in zip(shares, signed, strict=True)], working
+        )
+    else:
+        b, a = _combined_factors(whole, signed, working, request)
     merged = replace(
         whole[0],
-        B=_combined(b, request, of_b),
-        A=_combined(a, request, of_a),
+        B=b,
+        A=a,
         scale=scales[0] if keep else 1.0,
         bias=_bias(whole, inner, request),
     )
     return _cut(merged, stored, request)
+
+
+def _weighted(tensors: Sequence[Tensor], shares: Sequence[float], working: torch.dtype) -> Tensor:
+    """Weighted sum, one tensor after the other: no stack is made."""
+    total = torch.zeros_like(tensors[0], dtype=working)
+    for tensor, share in zip(tensors, shares, strict=True):
+        total.add_(tensor, alpha=share)
+    return total
+
+
+def _combined_factors(
+    whole: Sequence[Factors], signed: Sequence[float], working: torch.dtype, request: Request
+) -> tuple[Tensor, Tensor]:
+    """The method on the stacked B and on the stacked A, roots of scales multiplied in."""
+    b = torch.stack([root * part.B.to(working) for root, part in zip(signed, whole, strict=True)])
+    a = torch.stack([abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)])
+    if request.statistics is None:
+        return _combined(b, request), _combined(a, request)
+    flat = _stacked(request.statistics, b)  # B before A
+    size = b[0].numel()
+    return _combined(b, request, flat[:, :size].view_as(b)), _combined(a, request, flat[:, size:].view_as(a))
 
 
 def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
