@@ -10,14 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, padded
 from loraloom.experts import as_stored
-from loraloom.integrations.peft import from_model
+from loraloom.integrations.peft import attached, from_model
 from loraloom.layout import to_state_dict
+from loraloom.masks import support
 from loraloom.modalities import as_moka, plan_of, restricted, text_only
 from loraloom.ops.arithmetic import scale
 from loraloom.overview import cosines, summary
 from loraloom.store import load, save
 from loraloom.strategies.modality import MokA
-from tiny_multimodal import lively, tiny_llava
+from loraloom.strategies.sparse import LoRI, calibrate
+from tiny_multimodal import image_batch, lively, tiny_llava
 
 PLANS = {
     "one": MokA({"image": 1}, rank=2),
@@ -178,7 +180,7 @@ def test_text_only_is_a_lora_of_the_text_part(tmp_path):
     assert lora.shape("model.layers.0.q_proj").rank == 3
     for name, factors in lora.modules.items():
         assert torch.allclose(factors.delta(), made.modules[f"{name}[text]"].delta(), atol=1e-5)
-    with pytest.raises(UnsupportedKind, match="text only is for MokA adapters, this one is of kind lora"):
+    with pytest.raises(UnsupportedKind, match=r"this is for MokA adapters, .* not for one of kind lora"):
         text_only(lora)
     with pytest.raises(UnsupportedKind, match="does nothing to text: it is on for image alone"):
         text_only(restricted(made, ["image"]))
@@ -196,7 +198,7 @@ def test_a_lora_is_taken_as_moka_where_it_is_one():
             as_moka(Adapter({**lora.config, **config}, lora.modules), {"image": 1})
     with pytest.raises(UnsupportedKind, match="is an expert"):
         as_moka(Adapter(lora.config, {"experts[0/2]": one}), {"image": 1})
-    with pytest.raises(UnsupportedKind, match="only MokA adapters tell tokens apart"):
+    with pytest.raises(UnsupportedKind, match="this is for MokA adapters"):
         restricted(lora, ["text"])
     with pytest.raises(ValueError, match="video"):
         restricted(moka, ["video"])
@@ -208,3 +210,36 @@ def test_a_live_adapter_and_its_packed_tensors_are_the_same():
     held = {name: value for name, value in live.state_dict().items() if "lora_" in name}
     assert len(taken) == len(held) == 4
     assert all(torch.equal(taken[name.replace(".default", "")], value) for name, value in held.items())
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_mask_is_over_b_as_it_is_stored(plan):
+    made = drawn(plan)
+    mask = calibrate(made, density=0.5)
+    assert mask.kept == plan.columns * 5  # of two layers
+    for name, stored in as_stored(made).modules.items():
+        assert mask[name].shape == stored.B.shape
+        assert stored.B.abs()[mask[name]].min() > stored.B.abs().median() / 2
+
+
+def test_lori_takes_a_moka_adapter(tmp_path):
+    """A's are drawn and frozen, one a modality; B is trained where the mask keeps it."""
+    plan = MokA({"image": 1}, rank=2, dropout=0.0)
+    mask = calibrate(from_model(lively(plan.wrap(tiny_llava(), ["q_proj"]))), density=0.25)
+    live = plan.wrap(tiny_llava(), ["q_proj"])
+    lori = LoRI(mask=mask, start="fresh", seed=3)
+    lori.attach(live)
+    trained = [parameter for parameter in live.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == mask.kept
+    live(**image_batch()).loss.backward()
+    for parameter in trained:
+        parameter.data -= 0.1 * parameter.grad
+    with torch.no_grad():
+        want = live.eval()(**image_batch()).logits
+    lori.detach(live)
+    live.save_pretrained(tmp_path / "a")
+    held = load(tmp_path / "a")
+    assert support(held).kept <= mask.kept
+    assert len({held.modules[name].A.sum().item() for name in held.modules}) == len(held.modules)
+    with attached(tiny_llava(), held) as again, torch.no_grad():
+        assert torch.allclose(again(**image_batch()).logits, want, atol=1e-6)

@@ -22,17 +22,15 @@ _SAME = ("modalities", "attention", "keys", "weight", "span", "logits", "tokens"
 
 @dataclass(frozen=True, eq=False)
 class Stacked(Factors):
-    """B and the stacked A's of one MokA layer; ``rank`` is that of the layer, not the rows of A."""
-
-    groups: int = 1  # B's that stand side by side
+    """The stacked A's and B's of one MokA layer, which may be of other numbers; ``experts`` counts the B's."""
 
     def __post_init__(self) -> None:
         pass
 
     @property
     def rank(self) -> int:
-        """Columns of one B."""
-        return self.B.shape[1] // self.groups
+        """Columns of B."""
+        return self.B.shape[1]
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
@@ -56,6 +54,18 @@ def plan_of(config: Mapping[str, Any], where: str = "configuration") -> MokA | N
             raise UnsupportedKind(f"{where}: {key} is set, which MokA layers do not have")
     if config.get("r", plan.width) != plan.width:
         raise ValueError(f"{where}: r is {config['r']!r}, the plan under moka has rank {plan.width}")
+    return plan
+
+
+def own_plan(adapter: Adapter) -> MokA:
+    """The plan of a MokA adapter.
+
+    Raises:
+        UnsupportedKind: it is of another kind.
+    """
+    plan = plan_of(adapter.config)
+    if plan is None:
+        raise UnsupportedKind(f"this is for MokA adapters, which tell tokens apart; not for one of kind {adapter.kind}")
     return plan
 
 
@@ -111,7 +121,10 @@ def packed_modalities(adapter: Adapter) -> Adapter:
     def read(owner: str) -> Factors:
         return packed_factors(plan, owner, [adapter.modules[name] for name in owners[owner]])
 
-    return replace(adapter, modules=Modules(tuple(owners), read, lambda owner: adapter.shape(owners[owner][0])))
+    def shape(owner: str) -> Shape:
+        return adapter.shape(owners[owner][0])._replace(rank=plan.columns)
+
+    return replace(adapter, modules=Modules(tuple(owners), read, shape))
 
 
 def packed_factors(plan: MokA, owner: str, parts: Sequence[Factors]) -> Factors:
@@ -131,7 +144,7 @@ def packed_factors(plan: MokA, owner: str, parts: Sequence[Factors]) -> Factors:
         raise AdapterMismatch(f"{owner}: a modality's A has more than the rows of its rank, {plan.ranks}")
     a = first.A if plan.own == "B" else torch.cat([part.A[:rank] for part, rank in own])
     b = first.B if plan.own == "A" else torch.cat([part.B for part in parts], dim=1)
-    return Stacked(B=b, A=a, scale=first.scale, groups=1 if plan.own == "A" else len(parts))
+    return Stacked(B=b, A=a, scale=first.scale, experts=1 if plan.own == "A" else len(parts))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -148,7 +161,7 @@ def ready_to_merge(
         AdapterMismatch: the plans differ in more than alpha, dropout and, where no head needs it, rank.
         ValueError: weights that differ between the modalities of a layer, or in ``factors`` do not add up to 1.
     """
-    plans = [plan for adapter in adapters if (plan := plan_of(adapter.config))]
+    plans = [own_plan(adapter) for adapter in adapters]
     first = plans[0]
     _check_weights(weights, space)
     for key in _SAME:
@@ -200,10 +213,10 @@ def _filled(adapters: Sequence[Adapter]) -> list[Adapter]:
         holders = {**dict.fromkeys(adapter.modules, adapter), **holders}
 
     def filled(adapter: Adapter) -> Adapter:
-        plan = plan_of(adapter.config)
+        width = own_plan(adapter).width
 
         def shape(name: str) -> Shape:
-            return holders[name].shape(name)._replace(rank=plan.width if plan else 1)
+            return holders[name].shape(name)._replace(rank=width)
 
         def read(name: str) -> Factors:
             if name in adapter.modules:
@@ -229,9 +242,7 @@ def text_only(adapter: Adapter) -> Adapter:
         >>> text_only(Adapter(config, {"q[text]": one, "q[image]": one}))
         Adapter(kind='lora', base='', modules=1, extras=0)
     """
-    plan = plan_of(adapter.config)
-    if plan is None:
-        raise UnsupportedKind(f"text only is for MokA adapters, this one is of kind {adapter.kind}")
+    plan = own_plan(adapter)
     if plan.active is not None and "text" not in plan.active:
         raise UnsupportedKind(f"this MokA adapter does nothing to text: it is on for {', '.join(plan.active)} alone")
     rank = plan.ranks[0]
@@ -272,8 +283,11 @@ def as_moka(adapter: Adapter, modalities: Mapping[str, int]) -> Adapter:
 
 
 def restricted(adapter: Adapter, active: Sequence[str]) -> Adapter:
-    """The same MokA adapter, its update on for the tokens of the named modalities alone (``text`` is one)."""
-    plan = plan_of(adapter.config)
-    if plan is None:
-        raise UnsupportedKind(f"only MokA adapters tell tokens apart, this one is of kind {adapter.kind}")
+    """The same MokA adapter, its update on for the tokens of the named modalities alone (``text`` is one).
+
+    Raises:
+        UnsupportedKind: it is no MokA adapter.
+        ValueError: a name that it does not have, or one of several that share an A.
+    """
+    plan = own_plan(adapter)
     return replace(adapter, config={**adapter.config, "moka": replace(plan, active=tuple(active)).to_json()})

@@ -236,6 +236,8 @@ def test_moka_and_lora_do_not_merge_and_whole_tensors_do_not_scale():
         (lambda a: ll.prune(a, pattern="2:4"), "cannot prune entries of MokA adapters"),
         (lambda a: ll.prune(a, density=0.5, unit="rank"), "cannot prune directions of MokA adapters"),
         (lambda a: ll.interpolate(a, a, align="orthogonal"), "cannot align MokA adapters"),
+        (lambda a: ll.measure(a, "digits"), "cannot measure MokA adapters"),
+        (lambda a: ll.learn_weights([a, a], "digits"), "cannot learn weights of MokA adapters"),
         (lambda a: ll.export(a, "out"), r"vLLM loads no moka adapters; .*--text-only"),
     ],
 )
@@ -270,6 +272,29 @@ def test_by_share_a_layer_stays_or_goes_as_a_whole(by):
     assert pruned.provenance["record"]["units_before"] == 3
     chosen = ll.prune(a, density=0.34, unit="module", by={name: float(name == NAMES[1]) for name in NAMES})
     assert list(chosen.modules) == [f"{NAMES[1]}[text]", f"{NAMES[1]}[image]"]
+
+
+# Search --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["adapter", "layer", "projection", "module"])
+def test_weights_are_searched_by_layers_not_by_modalities(unit):
+    pytest.importorskip("nevergrad")
+    a, b = trained(1), trained(2)
+    found = ll.search([a, b], lambda merged: -float(merged.modules[f"{LAYER}[text]"].norm()), budget=4, unit=unit)
+    assert change(found.adapter).isfinite().all()
+    if unit != "adapter":
+        assert {name: found.weights[f"{name}[text]"] for name in NAMES} == {
+            name: found.weights[f"{name}[image]"] for name in NAMES
+        }
+
+
+def test_connectivity_goes_through_both_spaces():
+    a, b = trained(1), trained(2)
+    for space in ("delta", "factors"):
+        found = ll.connectivity(a, b, lambda merged: float(change(merged).norm()), points=3, space=space)
+        assert found.scores[0] == pytest.approx(float(change(a).norm()))
+        assert found.scores[2] == pytest.approx(float(change(b).norm()))
 
 
 # Export --------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loraloom.cli.shell import AsJson, Many, One, Overwrite, command, probe, result, table
 
+Json = Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_default=False)]
+Model = Annotated[str, typer.Option(help="Base model; by default what the (first) adapter names.")]
+Split = Annotated[str, typer.Option(help="train, validation or test.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")]
 Scope = StrEnum("Scope", ["model", "layer", "projection", "module"])
 
 
@@ -41,10 +45,10 @@ def calibrate(
 def forgetting(
     adapters: Many,
     task: Annotated[list[str], typer.Option("--task", help="The task of each phase, in order.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Base model; by default what the first adapter names.")] = "",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
+    out: Json,
+    model: Model = "",
+    split: Split = "test",
+    limit: Limit = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,20 +56,67 @@ def forgetting(
     import loraloom as ll
     from loraloom.probing import forgetting_report
     from loraloom.recipe import read_task
-    from loraloom.report import replace_file
-    from loraloom.report.grid import grid
 
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise FileExistsError(f"{out} exists; give another path or --overwrite")
+    _refuse_taken(out, overwrite)
     names = [path.name for path in adapters]
     phases, tasks = [ll.load(path) for path in adapters], [read_task(one) for one in task]
     report = forgetting_report(phases, tasks, names=names, model=model, split=split, limit=limit)
+    _show(report, out, as_json)
+
+
+@command("probe partial-modality", on=probe)
+def partial_modality(
+    adapter: One,
+    task: Annotated[str, typer.Option("--task", help="What to score.", show_default=False)],
+    out: Json,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="Of a LoRA: a name and a number from 1 on, image=1. May be repeated.")
+    ] = None,
+    model: Model = "",
+    split: Split = "test",
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Scores of an adapter that is on for the tokens of one modality alone: text, image, audio."""
+    import loraloom as ll
+    from loraloom.probing import partial_modality_report
+    from loraloom.recipe import read_task
+
+    _refuse_taken(out, overwrite)
+    told = _numbers(modality) if modality else None
+    options: dict[str, Any] = {"model": model, "split": split, "limit": limit}
+    report = partial_modality_report(ll.load(adapter), read_task(task), modalities=told, name=adapter.name, **options)
+    _show(report, out, as_json)
+
+
+def _numbers(given: list[str]) -> dict[str, int]:
+    """Numbers by name, of ``image=1``."""
+    found = {}
+    for one in given:
+        name, _, number = one.partition("=")
+        if not number.isdigit() or not name or name in found:
+            raise ValueError(f"--modality {one!r}: expected a name and a number, such as image=1, once each")
+        found[name] = int(number)
+    return found
+
+
+def _refuse_taken(out: Path, overwrite: bool) -> None:
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise FileExistsError(f"{out} exists; give another path or --overwrite")
+
+
+def _show(report: Any, out: Path, as_json: bool) -> None:
+    """Write a report, and print its first panel as a table and its second as one line."""
+    from loraloom.report import replace_file
+    from loraloom.report.grid import grid
+
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(report.to_json(), indent=1) + "\n")
     if as_json:
         print(json.dumps(report.records[0]))
         return
-    matrix, summaries = report.panels
-    head, rows = grid(matrix)
-    table(matrix.title, [dict(zip(head, row, strict=True)) for row in rows], as_json=False)
-    result({str(row[0]): row[1] for row in grid(summaries)[1]} | {"report": str(out)}, as_json=False)
+    first, second = report.panels
+    head, rows = grid(first)
+    table(first.title, [dict(zip(head, row, strict=True)) for row in rows], as_json=False)
+    result({str(row[0]): row[1] for row in grid(second)[1]} | {"report": str(out)}, as_json=False)

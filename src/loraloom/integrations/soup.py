@@ -78,6 +78,8 @@ def learn_weights(
         raise UnknownName("unit", per, list(KINDS))
     if not adapters:
         raise ValueError("there is nothing to merge: at least one adapter is needed")
+    for adapter in adapters:
+        check_linear(adapter, "learn weights of")
     made = bench_for(adapters[0], task, model, **options)
     examples = made.training[:limit]
     if not examples:

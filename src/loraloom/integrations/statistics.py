@@ -18,6 +18,7 @@ from loraloom.integrations.peft import attached
 from loraloom.integrations.scoring import Bench, bench, trained_with
 from loraloom.layout import PREFIX
 from loraloom.measured import KINDS, Statistics
+from loraloom.ops.checks import check_gauge
 from loraloom.registry import UnknownName
 from loraloom.tasks import Example, Task
 from loraloom.tasks.hub import HubTask
@@ -67,7 +68,7 @@ def measure(
 
     Raises:
         UnknownName: no such kind, space, choice of labels, or module.
-        UnsupportedKind: a module whose inputs are no rows (``delta``: convolutions and embeddings).
+        UnsupportedKind: MokA, or a module whose inputs are no rows (``delta``: convolutions and embeddings).
         ValueError: no model is named, no examples, free answers (``fisher``), or a module outside sees none.
 
     Example:
@@ -82,6 +83,7 @@ def measure(
         raise UnknownName("space", space, ["factors", "delta"])
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
+    check_gauge(adapter, "measure")
     made = bench_for(adapter, task, model, **options)
     examples = made.training[:limit]
     if not examples:

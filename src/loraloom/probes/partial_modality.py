@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraloom.adapter import Adapter
-from loraloom.modalities import as_moka, plan_of, restricted
+from loraloom.modalities import as_moka, own_plan, restricted
 from loraloom.probes import probes
 
 
@@ -27,6 +27,12 @@ class PartialModality:
     values: tuple[float, ...]
     whole: float
     base: float
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """What each keeps of the adapter's gain over the base; None where there is no gain."""
+        gain = self.whole - self.base
+        return tuple((value - self.base) / gain for value in self.values) if gain > 0 else None
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, tuples as lists."""
@@ -48,23 +54,20 @@ def partial_modality(
         modalities: number by name, as in :class:`loraloom.MokA`; for a LoRA.
 
     Raises:
-        ValueError: a LoRA without ``modalities``, or a score that is not finite.
+        UnsupportedKind: a LoRA that is not of one rank and scale, or of more than linear layers.
+        ValueError: a LoRA without ``modalities``, a MokA adapter with them or one that is on for some tokens only, or a
+            score that is not finite.
 
     Example:
         >>> plan = {"modalities": {"image": 1}, "rank": 1}
         >>> moka = Adapter({"peft_type": "MOKA", "moka": plan}, {})
         >>> def score(a):
-        ...     return 0.1 if a is None else {None: 0.9, ("text",): 0.8, ("image",): 0.3}[plan_of(a.config).active]
+        ...     return 0.1 if a is None else {None: 0.9, ("text",): 0.8, ("image",): 0.3}[own_plan(a).active]
         >>> partial_modality(moka, score).values
         (0.8, 0.3)
     """
-    plan = plan_of(adapter.config)
-    if plan is None:
-        if modalities is None:
-            raise ValueError("an adapter that is no MokA does not tell its modalities; give modalities={name: number}")
-        adapter = as_moka(adapter, modalities)
-        plan = plan_of(adapter.config)
-    assert plan is not None
+    moka = told_apart(adapter, modalities)
+    groups = own_plan(moka).groups
 
     def asked(variant: Adapter | None, what: str) -> float:
         value = float(score(variant))
@@ -72,5 +75,27 @@ def partial_modality(
             raise ValueError(f"the score {what} is {value}")
         return value
 
-    alone = [asked(restricted(adapter, group.split("+")), f"for {group} tokens alone") for group in plan.groups]
-    return PartialModality(plan.groups, tuple(alone), asked(adapter, "of the adapter"), asked(None, "of the base"))
+    alone = [asked(restricted(moka, group.split("+")), f"for {group} tokens alone") for group in groups]
+    return PartialModality(groups, tuple(alone), asked(moka, "of the adapter"), asked(None, "of the base"))
+
+
+def told_apart(adapter: Adapter, modalities: Mapping[str, int] | None = None) -> Adapter:
+    """The adapter as a MokA adapter that is on for all tokens; raises as :func:`partial_modality` does.
+
+    Example:
+        >>> told_apart(Adapter({"r": 1, "lora_alpha": 1}, {}))
+        Traceback (most recent call last):
+        ValueError: an adapter of kind lora does not tell its modalities; give them: a number by name, such as image=1
+    """
+    if adapter.kind != "moka":
+        if modalities is None:
+            raise ValueError(
+                f"an adapter of kind {adapter.kind} does not tell its modalities; give them: a number by name, such as "
+                "image=1"
+            )
+        return as_moka(adapter, modalities)
+    if modalities is not None:
+        raise ValueError("modalities are for a LoRA; a MokA adapter tells its own")
+    if active := own_plan(adapter).active:
+        raise ValueError(f"the adapter is on for {', '.join(active)} tokens alone; give the whole one")
+    return adapter
