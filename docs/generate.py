@@ -161,8 +161,11 @@ def command_line() -> str:
     from loraloom.cli import app
 
     commands = {one.name or "": one.callback for one in app.registered_commands}
+    for group in app.registered_groups:
+        inner = group.typer_instance
+        commands |= {f"{inner.info.name} {one.name}": one.callback for one in inner.registered_commands}
     told = {name: inspect.cleandoc(function.__doc__ or "") for name, function in commands.items()}
-    rows = [[f"[{name}](#loraloom-{name})", text.split("\n\n")[0]] for name, text in told.items()]
+    rows = [[f"[{name}](#loraloom-{name.replace(' ', '-')})", text.split("\n\n")[0]] for name, text in told.items()]
     parts = [MADE, "# Command line", STATUS, table(["command", "does"], rows)]
     for name, function in commands.items():
         given = parameters(function)
