@@ -13,6 +13,7 @@ from torch import nn
 import loraloom as ll
 from loraloom.integrations import routing as routing_module
 from loraloom.integrations.modality import MokALinear
+from loraloom.integrations.peft import attached
 from loraloom.integrations.routing import current
 from loraloom.strategies.rankspace import RoutingError, hidden
 from tiny_multimodal import (
@@ -382,6 +383,30 @@ def test_a_copy_of_the_model_is_routed_by_itself():
     )
     assert close(ours, logits(model, **prompt)[:, -1])
     assert close(theirs, logits(other, **prompt)[:, -1])
+
+
+def test_the_next_adapter_of_a_model_has_the_routing_to_itself():
+    model, batch = adapted(), image_batch()
+    base = model.unload()
+    assert torch.equal(logits(base, **batch), logits(tiny_llava(), **batch))
+    second = lively(ll.MokA(**PLAN).wrap(base), seed=3).eval()
+    expected = lively(ll.MokA(**PLAN).wrap(tiny_llava()), seed=3).eval()
+    told = {**batch, "modality_ids": (batch["input_ids"] == IMAGE).long().flip(1)}
+    assert torch.equal(logits(second, **told), logits(expected, **told))
+    assert not torch.equal(logits(second, **batch), logits(second, **told))
+    prompt = without(told, "labels")
+    assert torch.equal(second.generate(**prompt, max_new_tokens=3), expected.generate(**prompt, max_new_tokens=3))
+
+
+def test_a_model_that_an_adapter_was_attached_to_keeps_no_hook(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base, batch = tiny_llava(), image_batch()
+    before = set(vars(base))
+    with attached(base, ll.load(tmp_path)) as model:
+        assert torch.equal(logits(model, **batch), logits(adapted(), **batch))
+    assert set(vars(base)) == before
+    assert not base._forward_pre_hooks
+    assert not base._forward_hooks
 
 
 # Recomputation --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
-from loraloom.integrations.routing import Router, current, generate, is_seq2seq
+from loraloom.integrations.routing import Router, current, hook, is_seq2seq
 from loraloom.registry import UnknownName
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.rankspace import Routing, hidden, route
@@ -167,17 +166,15 @@ def wrap(plan: MokA, model: nn.Module, target_modules: str | Sequence[str] = "al
 def routed(peft_model: Any, plan: MokA) -> Any:
     """Put the hooks that route on a PEFT model with MokA layers; returns the model."""
     base = peft_model.get_base_model()
+    prefix, _ = _language_model(base)
     tuned: dict[str, Any] = {path: m for path, m in base.named_modules() if isinstance(m, LoraLayer)}
     for path, layer in tuned.items():
         if not isinstance(layer, MokALinear):
             raise UnsupportedKind(f"{path} is a {type(layer).__name__} layer; MokA adapts linear layers")
+        if prefix and not path.startswith(prefix + "."):
+            raise UnsupportedKind(f"{path} is outside of the language model ({prefix}), where no token is text")
         layer.stream = _stream_of(base, path, plan)
-    router = Router(plan, base, list(tuned.values()))
-    base.register_forward_pre_hook(router.before, with_kwargs=True)
-    base.register_forward_hook(router.after, with_kwargs=True, always_call=True)
-    if hasattr(base, "generate"):
-        base.generate = functools.partial(generate, router, base.generate)
-    peft_model.moka_router = router
+    hook(Router(plan, base, list(tuned.values())), base)
     return peft_model
 
 

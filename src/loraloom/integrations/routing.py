@@ -11,6 +11,7 @@ whole prompt in one forward pass; do not share prefixes between questions.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -207,10 +208,11 @@ class Router:
         return routing, self._open_end(given, types, training)
 
     def _open_end(self, given: Mapping[str, Any], types: Tensor, training: bool) -> Tensor | None:
-        """In which rows the question may be incomplete; None where it is told, and must be told in training."""
-        if given.get("labels") is not None or given.get("question_mask") is not None:
+        """In which rows the question may go on; None where it is told where it ends, as it must be in training."""
+        told = given.get("labels") is not None or given.get("question_mask") is not None
+        if told or self.plan.keys not in ("prompt", "after-last-modality"):
             return None
-        if training and self.plan.keys in ("prompt", "after-last-modality"):
+        if training:
             raise RoutingError(
                 "a forward pass in training mode without labels: the answer cannot be told from the prompt, and "
                 "other modalities would look at it; pass labels, or question_mask (batch x tokens, 1 on the prompt)"
@@ -254,6 +256,25 @@ class Router:
         return types
 
 
+def hook(router: Router, model: Any) -> None:
+    """Have a model's forward passes routed; a router of an adapter that was unloaded gives way."""
+    first = not hasattr(model, "moka_router")
+    model.moka_router = router
+    if first:
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+        if hasattr(model, "generate"):
+            model.generate = functools.partial(_generate, model, model.generate)
+
+
+def _before(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return module.moka_router.before(module, args, kwargs)
+
+
+def _after(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    module.moka_router.after(module, args, kwargs, output)
+
+
 class _Captured:
     """A checkpoint function that runs the layer, then and in recomputation, in the forward pass of now."""
 
@@ -282,8 +303,9 @@ def _capture(module: nn.Module) -> None:
                 setattr(part, name, _Captured(function))
 
 
-def generate(router: Router, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the Transformers model, which remembers where the prompt ends."""
+    router = model.moka_router
     given = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
     if "segment_ids" in given:
         raise RoutingError("generate goes on with whole rows, not with packed ones: leave segment_ids out")
@@ -307,4 +329,4 @@ def is_seq2seq(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-__all__ = ["Router", "current", "generate", "is_seq2seq"]
+__all__ = ["Router", "current", "hook", "is_seq2seq"]
