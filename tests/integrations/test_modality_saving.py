@@ -248,6 +248,17 @@ def test_a_lora_taken_as_moka_gives_its_logits():
         assert not torch.allclose(logits(model), logits(live), atol=1e-2)
 
 
+def test_a_lora_of_more_than_the_language_model_is_no_moka():
+    live = get_peft_model(tiny_llava(), LoraConfig(r=2, target_modules="all-linear"))
+    with (
+        pytest.raises(
+            UnsupportedKind, match=r"vision_tower.* is outside of the language model \(model\.language_model\)"
+        ),
+        attached(tiny_llava(), as_moka(from_model(live), {"image": 1})),
+    ):
+        pass
+
+
 def test_folded_for_text_it_gives_the_live_logits_on_text(tmp_path):
     base = tiny_llava()
     base.save_pretrained(tmp_path / "base")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import cache
 
 import pytest
 import torch
@@ -21,26 +23,39 @@ NAMES = (LAYER, "model.language_model.layers.0.mlp.gate_proj", "model.language_m
 BATCH = without(image_batch(), "labels")
 
 
-def trained(seed: int, targets=NAMES, **plan) -> Adapter:
+def trained(seed: int, targets: tuple[str, ...] = NAMES, **plan) -> Adapter:
     """A MokA adapter with random factors."""
-    live = MokA(**{"modalities": {"image": 1}, "rank": 2, **plan}).wrap(tiny_llava(), list(targets))
-    return from_model(lively(live, seed))
+    return _trained(seed, targets, json.dumps({"modalities": {"image": 1}, "rank": 2, **plan}))
 
 
-def update(adapter: Adapter | None, **inputs) -> torch.Tensor:
+@cache
+def _trained(seed: int, targets: tuple[str, ...], plan: str) -> Adapter:
+    return from_model(lively(MokA(**json.loads(plan)).wrap(tiny_llava(), list(targets)), seed))
+
+
+@cache
+def base() -> torch.nn.Module:
+    return tiny_llava().double()
+
+
+def update(adapter: Adapter | None) -> torch.Tensor:
     """What the first layer's q_proj gives with the adapter on the model: the base's output and the update."""
     seen = []
-    model = tiny_llava().double()
-    with attached(model, adapter) as live, torch.no_grad():
+    with attached(base(), adapter) as live, torch.no_grad():
         layer = live.get_submodule(("base_model.model." if adapter else "") + LAYER)
         handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
-        live(**({k: v.double() if v.is_floating_point() else v for k, v in BATCH.items()} | inputs))
+        live(**{key: value.double() if value.is_floating_point() else value for key, value in BATCH.items()})
         handle.remove()
     return seen[0]
 
 
 def change(adapter: Adapter) -> torch.Tensor:
-    return update(adapter) - update(None)
+    return update(adapter) - bare()
+
+
+@cache
+def bare() -> torch.Tensor:
+    return update(None)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ _PREFIX = "base_model.model."
 _BLOCK = re.compile(r"(?:^|_|res)(?:blocks?|h)$")
 _STAGE = re.compile(r"^(?:stages?|levels?|down_blocks|up_blocks|\w*groups)$")
 _EXPERT = re.compile(r"^experts?$")
-_MODALITY = re.compile(r"\[[^\[\]/]+\]$")  # not that of an expert, [3/8]
+_MODALITY = re.compile(r"\[(?!\d+/\d+\])[^\[\]]+\]$")  # not that of an expert, [3/8]
 _NAMED_EXPERT = re.compile(r"^experts?_\d+$")
 
 
