@@ -193,7 +193,8 @@ def test_a_lora_is_taken_as_moka_where_it_is_one():
     assert list(moka.modules) == ["q[text]", "q[image]", "q[audio]"]
     assert as_stored(moka).modules["q"].A.shape == (6, 4)
     assert plan_of(moka.config).attention == "none"
-    for config in ({"use_dora": True}, {"peft_type": "HIRA"}, {"rank_pattern": {"q": 1}}, {"alpha_pattern": {"q": 1}}):
+    strange = ({"use_dora": True}, {"peft_type": "HIRA"}, {"rank_pattern": {"q": 1}}, {"alpha_pattern": {"q": 1}})
+    for config in (*strange, {"lora_bias": True}):
         with pytest.raises(UnsupportedKind, match="only a LoRA of one rank and scale"):
             as_moka(Adapter({**lora.config, **config}, lora.modules), {"image": 1})
     with pytest.raises(UnsupportedKind, match="is an expert"):

@@ -18,6 +18,11 @@ from loraloom.strategies.modality import MokA
 MOKA = "MOKA"
 # What MokA adapters must have in common to merge.
 _SAME = ("modalities", "attention", "keys", "weight", "span", "logits", "tokens", "own", "active")
+# What a MokA configuration takes over from a LoRA's.
+_KEPT = (
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "modules_to_save", "bias"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,24 +267,29 @@ def as_moka(adapter: Adapter, modalities: Mapping[str, int]) -> Adapter:
     """A LoRA as the MokA adapter that does just the same: every modality has the same A, nothing is looked at.
 
     Raises:
-        UnsupportedKind: it is no LoRA of linear layers, of one rank and scale.
+        UnsupportedKind: it is no LoRA of linear layers, of one rank and scale, without biases of B.
 
     Example:
         >>> one = Factors(B=torch.ones(3, 1), A=torch.ones(1, 2))
         >>> list(as_moka(Adapter({"peft_type": "LORA", "r": 1, "lora_alpha": 1}, {"q": one}), {"image": 1}).modules)
         ['q[text]', 'q[image]']
     """
-    if adapter.kind != "lora" or adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"):
-        raise UnsupportedKind(f"only a LoRA of one rank and scale can be taken as MokA, not this {adapter.kind}")
+    told = adapter.config
+    strange = next((key for key in ("rank_pattern", "alpha_pattern", "lora_bias") if told.get(key)), adapter.kind)
+    if strange != "lora":
+        raise UnsupportedKind(
+            f"only a LoRA of one rank and scale, without biases of B, is a MokA adapter; not {strange}"
+        )
     if experts := next((name for name in adapter.modules if name.endswith("]")), None):
         raise UnsupportedKind(f"{experts} is an expert; MokA adapts linear layers")
-    rank, alpha = int(adapter.config.get("r", 8)), float(adapter.config.get("lora_alpha", 8))
+    rank, alpha = int(told.get("r", 8)), float(told.get("lora_alpha", 8))
     plan = MokA(modalities, rank=rank, alpha=alpha, attention="none")
     owners = {f"{name}[{group}]": name for name in adapter.modules for group in plan.groups}
     modules = Modules(
         tuple(owners), lambda name: adapter.modules[owners[name]], lambda name: adapter.shape(owners[name])
     )
-    return replace(adapter, config={**adapter.config, "peft_type": MOKA, "moka": plan.to_json()}, modules=modules)
+    config = {key: told[key] for key in _KEPT if key in told}
+    return replace(adapter, config={**config, "peft_type": MOKA, "moka": plan.to_json()}, modules=modules)
 
 
 def restricted(adapter: Adapter, active: Sequence[str]) -> Adapter:

@@ -239,8 +239,12 @@ def test_taken_for_a_lora_its_tensors_do_not_fit(folder):
 # A LoRA as MokA ------------------------------------------------------------------------------------------------------
 
 
-def test_a_lora_taken_as_moka_gives_its_logits():
-    live = lively(get_peft_model(tiny_llava(), LoraConfig(r=3, lora_alpha=5, target_modules=r".*language.*q_proj")))
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"layers_to_transform": [1], "layers_pattern": "layers"}]
+)
+def test_a_lora_taken_as_moka_gives_its_logits(options):
+    targets = ["up_proj"] if "layers_pattern" in options else r".*language.*q_proj"  # none of the image's encoder
+    live = lively(get_peft_model(tiny_llava(), LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options)))
     lora = from_model(live)
     with attached(tiny_llava(), as_moka(lora, {"image": 1})) as model:
         assert torch.allclose(logits(model), logits(live), atol=1e-5)

@@ -14,7 +14,7 @@ def scale(adapter: Adapter, by: float) -> Adapter:
     """Every update (and bias of B) times a number; -1 turns the adapter round, as in task negation.
 
     Args:
-        adapter: LoRA or HiRA.
+        adapter: LoRA, HiRA or MokA.
         by: any finite number.
 
     Raises:

@@ -66,6 +66,9 @@ def merge(  # noqa: PLR0913 - every option that a merge has
       weight is refused. Adapters of equal scale keep it; otherwise sqrt(scale) goes into both factors.
     - ``units``: rank-one units, one a row, for methods that pair or cluster them. Depends on the gauge too.
 
+    MokA adapters merge by ``linear`` and ``cat`` alone, at no chosen rank: in ``factors`` each A and the shared B are
+    averaged, in ``delta`` each adapter's part of the rank attends by itself, so that it is the exact sum too.
+
     A module that an adapter lacks counts as zero; ``factors`` refuses it. A ``lora_bias`` is one more column of the
     update (times the scale) and is merged by the same method. One adapter of weight 1 is returned as it is, unless the
     method declares otherwise or the size of the result is asked for.
@@ -95,8 +98,9 @@ def merge(  # noqa: PLR0913 - every option that a merge has
 
     Raises:
         AdapterMismatch: the adapters differ in kind, base model or sizes; for ``factors`` also in modules or ranks.
-        UnsupportedKind: DoRA without ``base`` (magnitudes do not add), HiRA under a method that looks at single entries
-            of the delta, an initialisation that moved the base weights (PiSSA and its like, unless converted).
+        UnsupportedKind: DoRA without ``base`` (magnitudes do not add), MokA under another method or space, HiRA under
+            a method that looks at single entries of the delta, an initialisation that moved the base weights (PiSSA
+            and its like, unless converted).
         UnknownName: no such method, space or option.
         ValueError: weights, size, density, statistics or knobs that do not fit.
 
@@ -252,6 +256,7 @@ def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
         combine=job.combine(name),
         weights=job.weights_of(name),
         linear=job.linear,
+        by_rows=bool(job.technique.facts.get("by_rows")),
         rank=shapes[name].rank,
         cut=job.cut,
         keep_scale=one_scale(job.adapters),

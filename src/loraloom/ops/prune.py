@@ -85,7 +85,8 @@ def prune(  # noqa: PLR0913 - what is dropped, by what, over what
         UnknownName: no such projection, choice, unit, scope, space or score.
         ValueError: not just one way to prune; nothing would be kept; density is outside (0, 1]; an entry is not finite
             (when read).
-        UnsupportedKind: ``delta`` on DoRA or HiRA; entries of a start that moves the base weights (PiSSA).
+        UnsupportedKind: ``delta`` on DoRA or HiRA; anything but whole layers and modules of MokA; entries of a start
+            that moves the base weights (PiSSA).
 
     Example:
         >>> import torch
