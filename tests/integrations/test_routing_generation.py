@@ -254,6 +254,19 @@ def test_an_image_and_its_question_in_two_passes_are_refused(cache):
         model(input_ids=batch["input_ids"][:, 5:], past_key_values=out.past_key_values)
 
 
+def test_a_span_whose_image_follows_is_complete():
+    """The markers tell where the question ends, so a prompt may end in an image and be gone on with by hand."""
+    model, batch = adapted(keys="span", span=(28, 27)), prompt()
+    ids = batch["input_ids"].flip(1)[:, :-1]  # text, then the image
+    ids[:, [0, 3]] = torch.tensor([28, 27])
+    with torch.no_grad():
+        made = model(input_ids=ids, pixel_values=batch["pixel_values"], use_cache=True)
+        step = model(input_ids=torch.tensor([[5], [6]]), past_key_values=made.past_key_values).logits
+        whole = torch.cat([ids, torch.tensor([[5], [6]])], 1)
+        forced = model(input_ids=whole, pixel_values=batch["pixel_values"]).logits
+    assert torch.allclose(step[:, 0], forced[:, -1], atol=2e-6 * float(forced.abs().max()))
+
+
 def test_a_second_turn_goes_on_and_may_not_bring_an_image():
     model, batch = adapted(), prompt()
     first = model.generate(**batch, **LONG, return_dict_in_generate=True)
