@@ -195,7 +195,8 @@ class MokA:
         """Put fresh adapters on a Transformers model: a ``PeftModel`` whose routing finds itself from the inputs.
 
         Args:
-            model: a multimodal model; only its language model is adapted (of an encoder-decoder both sides).
+            model: a multimodal model; only its language model is adapted. Of an encoder-decoder both sides are, with
+                ``attention="none"``: its encoder has run before there is any text to look at.
             target_modules: names of linear layers, or all of them.
             options: further fields of PEFT's LoraConfig, such as ``modules_to_save=["multi_modal_projector"]``.
 
