@@ -190,6 +190,15 @@ def test_a_stray_end_marker_closes_nothing() -> None:
     assert route(plan, types, ids=ids).lookups[0].index.tolist() == [[3, 4]]
 
 
+def test_a_span_in_an_answer_is_not_looked_at() -> None:
+    plan = MokA({"image": 1}, keys="span", span=(START, END))
+    ids = torch.tensor([[START, 5, END, 6, START, 7, END, 8]])
+    types = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0]])
+    labels = torch.tensor([[-100, -100, -100, -100, START, 7, END, 8]])
+    assert route(plan, types, ids=ids).lookups[0].index.tolist() == [[1, 5]]
+    assert route(plan, types, ids=ids, labels=labels).lookups[0].index.tolist() == [[1]]
+
+
 def test_lookups_are_taken_at_once_and_not_one_after_another() -> None:
     """Text that looks at images and at audio looks with the same query at both."""
     plan = MokA({"image": 1, "audio": 2}, rank=3, attention="text-as-query")
