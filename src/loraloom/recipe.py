@@ -34,10 +34,7 @@ class _Strict(BaseModel):
 
 
 class AdapterRecipe(_Strict):
-    """Which adapter is trained; sizes as PEFT names them.
-
-    ``modules_to_save`` are trained whole beside it. ``kind: none`` trains them alone, and gives a model instead.
-    """
+    """Which adapter is trained, by PEFT's names; kind ``none`` trains ``modules_to_save`` alone and gives a model."""
 
     kind: Literal["lora", "rslora", "dora", "hira", "moka", "none"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8

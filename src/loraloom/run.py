@@ -127,7 +127,8 @@ def _train_whole(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progre
         record = {"seconds": done.seconds, "log": [dict(entry) for entry in done.log_history]}
         made = {"operation": "train", "arguments": _arguments(recipe), "seed": recipe.seed, "record": record}
         with whole_folder(recipe.output.resolve(), **marked) as folder:
-            model.save_pretrained(folder)
+            with edge("backbones").without_bars():
+                model.save_pretrained(folder)
             bench.processor.save_pretrained(folder)
             told = written_as(Adapter({}, {}, provenance=made), "", {})
             write_text(folder / RECORD, json.dumps(told, indent=2, sort_keys=True) + "\n")

@@ -17,7 +17,7 @@ from loraloom.strategies.modality import MokA
 
 
 @contextmanager
-def training(
+def training(  # noqa: PLR0913 - what a recipe says of an adapter
     model: nn.Module,
     *,
     kind: str = "lora",

@@ -75,7 +75,7 @@ def _load(source: str, family: str, dtype: str) -> nn.Module:
     loader = AutoModelForCausalLM if family == "causal" else AutoModel
     if family == "multimodal":
         loader = _multimodal_class(source)
-    with _without_bars():
+    with without_bars():
         return loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
 
@@ -93,13 +93,15 @@ def _multimodal_class(source: str) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(source)
     named = next(iter(config.architectures or ()), "")
+    if hasattr(config, "thinker_config"):  # Qwen-Omni: the part that reads, without the one that speaks
+        named = named.removesuffix("Model").removesuffix("ForConditionalGeneration") + "ThinkerForConditionalGeneration"
     if not named.endswith("ForConditionalGeneration") or not hasattr(transformers, named):
         raise ValueError(f"model {source}: architecture {named!r} is no multimodal model of Transformers")
     return getattr(transformers, named)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Loading a local model takes a second: no progress bar."""
     from transformers.utils import logging
 
@@ -116,6 +118,8 @@ def _family(name: str, config: Any, live: str) -> str:
     if name in models:
         return str(models[name].facts["family"])
     told = (live, *(getattr(config, "architectures", None) or ()))
+    if hasattr(config, "thinker_config"):
+        return "multimodal"
     if any("ForConditionalGeneration" in one for one in told) and hasattr(config, "text_config"):
         return "multimodal"
     if any("CausalLM" in one for one in told):

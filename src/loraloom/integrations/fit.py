@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -109,7 +110,8 @@ def fit(
     """Train the adapters of ``model`` in place with HF Trainer; a killed run that is resumed ends in the same bits.
 
     Args:
-        model: a PEFT model. With ``loss`` it may be a mere backbone (AutoModel).
+        model: a PEFT model, or one of Transformers whose trainable weights are trained in place. With ``loss`` it may be
+            a mere backbone (AutoModel).
         dataset: examples by index, with a length. What an index gives must not depend on chance: an example that is
             drawn ahead of its step would be drawn again after a resume.
         collate: a list of examples to the keyword arguments of forward; ``labels`` go to ``loss`` where it is given.
@@ -229,11 +231,14 @@ def _starting_point(options: FitOptions) -> Path | None:
 
 def _finished(model: PeftModel, checkpoint: Path, step: int) -> Fit:
     """The end of a run that needs no further step: the Trainer would make one all the same."""
-    from peft import set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    weights = load_peft_weights(str(checkpoint), device="cpu")
-    set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
+    if isinstance(model, PeftModel):
+        weights = load_peft_weights(str(checkpoint), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
+    else:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
     return Fit(step, step, _seconds(checkpoint), tuple(_state(checkpoint)["log_history"]))
 
 

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraloom.integrations.generation import answer_tokens, is_free
 from loraloom.tasks import Example, Task
+from loraloom.tasks.media import RATE
 
 ONE_A_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what a processor tells of each token; text that follows has 0
-RATE = 16_000
 
 
 class Row(NamedTuple):
@@ -64,11 +65,13 @@ class Continuation:
 
     def _prompt(self, example: Example) -> str:
         """The template with the content, and for each medium the processor's placeholder."""
-        places = {name: getattr(self.processor, f"{name}_token", None) for name in example.media}
-        strange = next((name for name, token in places.items() if token is None), None)
-        if strange is not None:
-            raise ValueError(f"task {self.task.name}: {type(self.processor).__name__} takes no {strange}")
-        return self.task.prompt.format(content=example.content, **places)
+        placed = {}
+        for name, media in example.media.items():
+            token = getattr(self.processor, f"{name}_token", None)
+            if token is None:
+                raise ValueError(f"task {self.task.name}: {type(self.processor).__name__} takes no {name}")
+            placed[name] = token * len(_each(media))
+        return self.task.prompt.format(content=example.content, **placed)
 
     def _asked(self, example: Example, answer: int) -> tuple[list[int], Mapping[str, Tensor]]:
         """Tokens of the prompt, so many that the answer has room, and the tensors beside them."""
@@ -77,7 +80,7 @@ class Continuation:
             return list(self.tokenizer(prompt, truncation=True, max_length=room)["input_ids"]), {}
         given: dict[str, Any] = {}
         if "image" in example.media:
-            given["images"] = [[example.media["image"]]]
+            given["images"] = [_each(example.media["image"])]
         if "audio" in example.media:
             given |= {"audio": [example.media["audio"]], "sampling_rate": RATE}
         made = dict(self.processor(text=[prompt], return_tensors="pt", **given))
@@ -98,7 +101,7 @@ class Continuation:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         for key in rows[0].beside:
             parts = [row.beside[key] for row in rows]
-            batch[key] = torch.zeros_like(ids) if key in ONE_A_TOKEN else torch.cat(parts)
+            batch[key] = torch.zeros_like(ids) if key in ONE_A_TOKEN else _joined(parts)
         for at, (asked, beside, told) in enumerate(rows):
             start, end = len(asked), len(asked) + len(told)
             ids[at, :end] = torch.tensor(asked + told)
@@ -144,6 +147,21 @@ class Continuation:
             [logs[row][torch.arange(len(a)), torch.tensor(a)].mean().item() for row, a in zip(where, told, strict=True)]
             for where, told in zip(places, answers, strict=True)
         ]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other; shorter ones (sounds that the processor did not fill up) get zeros at the end."""
+    sizes = [max(size) for size in zip(*(part.shape[1:] for part in parts), strict=True)]
+    missing = [[(0, full - size) for full, size in zip(sizes, part.shape[1:], strict=True)] for part in parts]
+    padded = [
+        F.pad(part, [n for pair in reversed(lack) for n in pair]) for part, lack in zip(parts, missing, strict=True)
+    ]
+    return torch.cat(padded)
+
+
+def _each(media: Any) -> list[Any]:
+    """One medium as a list of one."""
+    return list(media) if isinstance(media, list | tuple) else [media]
 
 
 def longest(rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from loraloom.models.assembly import assembled
 from loraloom.models.smollm2 import smollm2_135m
 from loraloom.models.whisper_tiny import whisper_tiny_en
 
-SECONDS = 3
+SECONDS = 2
 PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that stand for nothing here
 
 
@@ -26,7 +26,7 @@ PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that st
 def speech_smollm2() -> Path:
     """The architecture of Audio Flamingo 3 (Goel et al. 2025) with Whisper tiny.en's encoder and SmolLM2-135M.
 
-    For speech of up to 3 seconds at 16 kHz; a token is 40 ms. Nothing in it has been trained together: the projector
+    For speech of up to 2 seconds at 16 kHz; a token is 40 ms. Nothing in it has been trained together: the projector
     (two layers) is random. Train it first (``recipes/moka/speech-projector.yaml``), then adapters on top of that.
     """
     whisper = whisper_tiny_en()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from loraloom.tasks.hub import HubTask
 
 
+Modality = Literal["text", "image", "image+text", "audio+text"]
+
+
 @dataclass(frozen=True)
 class Example:
     """One question with its possible answers.
@@ -31,14 +34,15 @@ class Example:
         choices: the possible answers, in words.
         label: index of the right one.
         group: what binds it to other examples (a shared context); such examples are always in the same split.
-        media: what stands beside the text, by modality: an ``image`` as above, ``audio`` as float32 at 16 kHz.
+        media: what stands beside the text, by modality: an ``image`` as above or several (frames of a video), ``audio``
+            as float32 samples at 16 kHz.
     """
 
     content: str | np.ndarray
     choices: tuple[str, ...]
     label: int
     group: str = ""
-    media: Mapping[str, np.ndarray] = field(default_factory=dict)
+    media: Mapping[str, np.ndarray | Sequence[np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Task:
     """
 
     name: str
-    modality: Literal["text", "image", "image+text", "audio+text"]
+    modality: Modality
     labels: tuple[str, ...]
     prompt: str
     splits: Mapping[str, Sequence[Example]]

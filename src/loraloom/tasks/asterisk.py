@@ -11,6 +11,7 @@ import numpy as np
 
 from loraloom.packages import Package, fetch
 from loraloom.tasks import Example, Row, Rows, tasks
+from loraloom.tasks.media import RATE, audio
 
 VOICE = "usr/share/asterisk/sounds/en_US_f_Allison"
 TOLD = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
@@ -22,8 +23,7 @@ CLIPS = Package(
 TRANSCRIPTS = Package(
     "asterisk-core-sounds-en", {TOLD: "436538195b7c7361bd227036686f1a4039f694648c76573bdaca956655d34450"}, kind="debian"
 )
-SECONDS, RATE = 3, 16_000
-CHOICES = 4
+SECONDS, CHOICES = 2, 4
 
 
 @tasks.register(
@@ -35,7 +35,7 @@ CHOICES = 4
     licence="CC-BY-SA-3.0",
 )
 def asterisk_speech() -> Rows:
-    """What is said in a clip of up to 3 seconds: its transcript among four of like length; one speaker."""
+    """What is said in a clip of up to 2 seconds: its transcript among four of like length; one speaker."""
     folder = fetch(CLIPS) / VOICE
     said = transcripts(gzip.decompress((fetch(TRANSCRIPTS) / TOLD).read_bytes()).decode())
     clips = {name: _samples(folder / f"{name}.wav") for name in said if (folder / f"{name}.wav").is_file()}
@@ -81,8 +81,4 @@ def _number(text: str) -> int:
 
 def _samples(path: Path) -> np.ndarray:
     """A clip of 8 kHz at 16 kHz, in [-1, 1]."""
-    from scipy.io import wavfile
-    from scipy.signal import resample_poly
-
-    rate, samples = wavfile.read(path)
-    return resample_poly(samples.astype(np.float32) / 2**15, RATE // rate, 1).astype(np.float32)
+    return audio({"path": path})

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from loraloom.tasks import Example, Rows
+from loraloom.tasks import Example, Modality, Rows
+from loraloom.tasks import media as media_files
 from loraloom.tasks.judges import judge_of
 from loraloom.tasks.splits import PARTS, Row, components, normal
 
+_MEDIA = {"image": media_files.image, "audio": media_files.audio}
 _OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 
 
@@ -32,6 +31,9 @@ class HubTask:
         dataset: hub id, or a local folder (files of jsonl, csv, parquet or images, or made by ``save_to_disk``).
         content: the column of the text or image; or a template over columns (``"{premise} {hypothesis}"``). A part
             in double brackets is left out where the columns it names are empty (``"{question}[[ Hint: {hint}]]"``).
+        image: the column of a picture, or of lists of them (frames), beside the text; it stands where ``prompt`` has
+            ``{image}``.
+        audio: the column of a sound beside the text, for ``{audio}``; made 16 kHz mono.
         label: the column of the right answer: a number (index into the labels or choices) or the answer itself.
         labels: the classes, in order; if not told, those of the column (its class names, else its sorted values).
         choices: the column of the possible answers where they differ: a list of strings, or a mapping with ``text``
@@ -66,6 +68,8 @@ class HubTask:
     answer: str = ""
     judge: str = ""
     max_new_tokens: int = 256
+    image: str = ""
+    audio: str = ""
 
     def __post_init__(self) -> None:
         if self.judge:
@@ -83,14 +87,20 @@ class HubTask:
             ('premise', 'hypothesis', 'label')
         """
         right = _fields(self.answer) if self.answer else [self.label, *filter(None, [self.choices])]
-        return tuple(dict.fromkeys([*_fields(self.content), *right, *filter(None, [self.group])]))
+        content = _fields(self.content) if self.content else []
+        return tuple(dict.fromkeys([*content, *right, *filter(None, [self.group]), *self.media.values()]))
+
+    @property
+    def media(self) -> dict[str, str]:
+        """Columns of what stands beside the text, by modality."""
+        return {name: column for name, column in (("image", self.image), ("audio", self.audio)) if column}
 
 
 class Found(NamedTuple):
     """Rows of a data set with what it tells of itself."""
 
     rows: Rows
-    modality: Literal["text", "image"]
+    modality: Modality
     licence: str
 
 
@@ -108,16 +118,20 @@ def hub_rows(task: HubTask) -> Found:
         if column not in columns:
             raise ValueError(f"data set {task.dataset}: there is no column {column!r}; columns: {', '.join(columns)}")
     features = parts["train"].features
-    modality: Literal["text", "image"] = "image" if type(features.get(task.content)).__name__ == "Image" else "text"
+    alone = type(features.get(task.content)).__name__ == "Image" and not task.media
+    modality: Modality = "audio+text" if task.audio else "image+text" if task.image else "image" if alone else "text"
+    media = {"image": task.content} if alone else task.media
+    parts = {part: media_files.undecoded(data, media) for part, data in parts.items()}
     labels = () if task.choices or task.answer else task.labels or _labels(task, features[task.label], parts["train"])
     rows: list[Row] = []
     where: list[tuple[str, int]] = []
     answers: list[tuple[tuple[str, ...], int]] = []
     for part, data in parts.items():
         plain = data.select_columns(list(task.columns()))
-        for i, record in enumerate(_undecoded(plain, task.content) if modality == "image" else plain):
+        for i, record in enumerate(plain):
             choices, label = _answer(task, record, labels)
-            content = _digest(record[task.content]) if modality == "image" else normal(_text(task.content, record))
+            text = [] if alone or not task.content else [normal(_text(task.content, record))]
+            content = "\0".join([*text, *(media_files.digest(record[column]) for column in media.values())])
             bond = str(record[task.group]) if task.group else ("" if labels else content)
             asked = content if labels else "\0".join([content, *sorted(choices)])
             rows.append(Row(asked, choices[label], bond, "" if part == "train" else part))
@@ -129,8 +143,10 @@ def hub_rows(task: HubTask) -> Found:
     def make(k: int) -> Example:
         part, i = where[k]
         record = parts[part][i]
-        content = np.array(record[task.content].convert("RGB")) if modality == "image" else _text(task.content, record)
-        return Example(content, *answers[k], group=rows[k].group)
+        held = {name: _MEDIA[name](record[column]) for name, column in media.items()}
+        if alone:
+            return Example(held["image"], *answers[k], group=rows[k].group)
+        return Example(_text(task.content, record), *answers[k], group=rows[k].group, media=held)
 
     return Found(Rows(rows, make, labels), modality, parts["train"].info.license or "unknown")
 
@@ -223,6 +239,8 @@ def _fields(told: str) -> list[str]:
 def _text(told: str, record: dict[str, Any]) -> str:
     """A column of a record, or a template filled from it, as text."""
     values = {name: "" if value is None else str(value) for name, value in record.items()}
+    if not told:
+        return ""
     if "{" not in told:
         return values[told]
 
@@ -233,19 +251,6 @@ def _text(told: str, record: dict[str, Any]) -> str:
         return found[1] if any(values[field].strip() for field in fields) else ""
 
     return _OPTIONAL.sub(part, told).format_map(values)
-
-
-def _undecoded(data: Any, column: str) -> Any:
-    """The same data with image files as bytes: only the images that are wanted are decoded, later."""
-    import datasets
-
-    return data.cast_column(column, datasets.Image(decode=False))
-
-
-def _digest(image: dict[str, Any]) -> str:
-    """A name for the content of an image file."""
-    content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    return hashlib.sha256(content).hexdigest()
 
 
 def _line(error: Exception) -> str:
