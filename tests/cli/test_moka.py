@@ -15,9 +15,12 @@ import torch
 import yaml
 
 import loraloom as ll
+import tiny_llava
+import tiny_multimodal
 from loraloom.cli import app
 from loraloom.integrations.peft import attached, from_model
 from loraloom.modalities import plan_of, restricted
+from loraloom.recipe import read_task
 from tiny import tiny_llama
 from tiny_multimodal import lively
 
@@ -157,3 +160,59 @@ def test_wrong_probes_are_one_line(run, place):
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), (words, done.output, done.exception)
         assert said in done.stderr
         assert not (place / "x.json").exists()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny LLaVA, questions about pictures, a MokA adapter and a LoRA."""
+    import datasets
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("pictures")
+    tiny_llava.folder(folder / "base")
+    rows = [
+        {
+            "question": "what is it ?" if i % 3 else "is it a red",
+            "answer": ("red", "dark blue", "yes", "no")[i % 4],
+            "picture": made,
+        }
+        for i, made in enumerate(map(tiny_llava.picture, range(40)))
+    ]
+    told = {name: datasets.Value("string") for name in ("question", "answer")} | {"picture": datasets.Image()}
+    columns = {name: [row[name] for row in rows] for name in told}
+    datasets.Dataset.from_dict(columns, datasets.Features(told)).save_to_disk(str(folder / "data"))
+    task = {
+        "dataset": "data",
+        "content": "question",
+        "label": "answer",
+        "image": "picture",
+        "test": "",
+        "validation": "",
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump({**task, "prompt": "{image} {content} Answer:"}))
+    config = LoraConfig(r=2, lora_alpha=40, target_modules=r".*language.*(q|down)_proj")
+    wraps = {
+        "moka": lambda model: ll.MokA({"image": 1}, rank=2).wrap(model, ["q_proj", "down_proj"]),
+        "lora": lambda model: get_peft_model(model, config),
+    }
+    for name, wrap in wraps.items():
+        model = tiny_multimodal.tiny_llava()
+        model.name_or_path = "base"
+        ll.save(from_model(lively(wrap(model), seed=8)), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("words", [["moka"], ["lora", "--modality", "image=1"]])
+def test_the_probe_on_pictures(pictures, monkeypatch, words):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(pictures)
+    more = ["--task", "task.yaml", "-o", "p.json", "--split", "train", "--json", "--overwrite"]
+    done = CliRunner().invoke(app, ["probe", "partial-modality", *words, *more])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    record = json.loads(done.stdout)
+    assert record["modalities"] == ["text", "image"]
+    adapter = ll.load(words[0])
+    score = ll.score("base", ll.bench("base", read_task("task.yaml")).task, split="train")
+    assert (record["whole"], record["base"]) == (score(adapter), score(None))
+    assert len({*record["values"], record["whole"], record["base"]}) > 1
