@@ -75,7 +75,7 @@ class SafeFile:
         data = torch.empty(end - begin, dtype=torch.uint8)
         buffer, done = data.numpy(), 0
         while done < end - begin:  # a read may be cut at 2 GiB
-            got = os.preadv(self._handle, [buffer[done:]], self._start + begin + done)
+            got = os.preadv(self._handle, [buffer[done:].data], self._start + begin + done)
             if got == 0:
                 raise ValueError(f"{self.path} has been cut short since it was opened")
             done += got

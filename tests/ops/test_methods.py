@@ -196,9 +196,9 @@ def test_selection_is_sorting(seed, share, dtype):
 
 
 def test_selection_on_a_large_tensor_and_when_the_sample_misleads(monkeypatch):
-    from loraloom.ops import select
+    from loraloom.ops import products, select
 
-    monkeypatch.setattr(select, "_CHUNK", 10_000)
+    monkeypatch.setattr(products, "_BLOCK", 10_000)
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     order = values.abs().sort(descending=True).values
     for count in (1, 2, 150_000, 299_999, 300_000):

@@ -11,7 +11,7 @@ from loraloom.adapter import padded
 _SMALL = 512  # up to here a full SVD takes a fraction of a second
 _OVER = 16  # more directions than are asked for: the last of them converge slowly
 _ROUNDS = 6
-_GAIN = 1e-4  # iteration stops when a round adds less than this share of the energy
+_GAIN = 1e-4  # iteration stops when a round adds less than this share of the energy that is kept
 
 
 def low_rank(
@@ -21,8 +21,8 @@ def low_rank(
 
     Up to 512 on the smaller side, or where the rank is a quarter of it, the best of that rank by SVD. Otherwise block
     subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from ``start`` and random directions, until a
-    round adds less than 1e-4 of the energy, at most 6 rounds: near the best, and deterministic. The singular values are
-    split evenly, ``B = U sqrt(S)``; zero columns fill up to the rank.
+    round adds less than 1e-4 of the energy that is kept, at most 6 rounds: near the best, and deterministic. The
+    singular values are split evenly, ``B = U sqrt(S)``; zero columns fill up to the rank.
 
     Args:
         dense: out x in, finite.
@@ -43,7 +43,7 @@ def low_rank(
         total, tail = float(s.norm()), float(s[rank:].norm())
         error = tail / total if total > 0 else 0.0
     else:
-        u, s, vh = _iterated(dense, rank + _OVER, start)
+        u, s, vh = _iterated(dense, rank, start)
         error = -1.0
     root = s[:rank].sqrt()
     b, a = u[:, :rank] * root, root[:, None] * vh[:rank]
@@ -52,26 +52,23 @@ def low_rank(
     return padded(b, rank), padded(a.T, rank).T, error
 
 
-def _iterated(dense: Tensor, width: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples of a large matrix, about ``width`` of them."""
+def _iterated(dense: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of a large matrix, a few more than ``rank``."""
     generator = torch.Generator().manual_seed(0)
-    held = 0 if start is None else min(start.shape[1], width - _OVER)
-    draw = torch.randn(dense.shape[1], width - held, generator=generator, dtype=dense.dtype).to(dense.device)
+    held = 0 if start is None else min(start.shape[1], rank)
+    draw = torch.randn(dense.shape[1], rank + _OVER - held, generator=generator, dtype=dense.dtype).to(dense.device)
     first = dense @ draw
     if start is not None and held:
         first = torch.cat([start.to(dense)[:, :held] / start.to(dense).norm().clamp(min=1e-30), first], dim=1)
-    q = torch.linalg.qr(first).Q
-    energy = 0.0
-    for _ in range(_ROUNDS):
-        down = dense.T @ q
-        caught = float(down.square().sum(dtype=torch.float64))
-        if caught <= energy * (1 + _GAIN):
+    left, energy = torch.linalg.qr(first).Q, 0.0
+    for going_on in reversed(range(1 + _ROUNDS)):
+        right, triangle = torch.linalg.qr(dense.T @ left)
+        u, s, vh = torch.linalg.svd(triangle.T, full_matrices=False)
+        caught = float(s[:rank].double().square().sum())  # what is kept: the directions beyond it turn for much longer
+        if caught <= energy * (1 + _GAIN) or not going_on:
             break
-        energy = caught
-        q = torch.linalg.qr(dense @ torch.linalg.qr(down).Q).Q
-    right, triangle = torch.linalg.qr(dense.T @ q)
-    u, s, vh = torch.linalg.svd(triangle.T, full_matrices=False)
-    return q @ u, s, vh @ right.T
+        left, energy = torch.linalg.qr(dense @ right).Q, caught
+    return left @ u, s, vh @ right.T
 
 
 def _error(dense: Tensor, b: Tensor, a: Tensor, values: Tensor) -> float:

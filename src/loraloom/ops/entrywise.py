@@ -1,4 +1,4 @@
-"""What merge methods that look at single entries share: work by blocks of rows, sign election, disjoint mean."""
+"""What merge methods that look at single entries share: work by blocks of rows, draws, sign election, disjoint mean."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK = 1 << 18  # entries of one update at a time: the blocks of a few updates stay in the cache
+from loraloom.ops.products import Updates, as_rows, each_block
 
 
-def by_blocks(
-    deltas: Float[Tensor, " k *shape"], combine: Callable[[Sequence[Tensor], int], Tensor]
-) -> Float[Tensor, " *shape"]:
+def by_blocks(deltas: Updates, combine: Callable[[Sequence[Tensor], int], Tensor]) -> Float[Tensor, " *shape"]:
     """A result that depends on the updates entry by entry, or row by row, made a block of rows at a time.
+
+    Blocks are made in any order, several at once.
 
     Args:
         deltas: the k updates, stacked.
@@ -25,14 +25,26 @@ def by_blocks(
         >>> by_blocks(torch.ones(2, 3), lambda rows, start: rows[0] + rows[1])
         tensor([2., 2., 2.])
     """
-    shape = deltas.shape[1:]
-    width = shape[-1] if len(shape) else 1
-    flat = deltas.reshape(len(deltas), -1, width)
-    result = torch.empty_like(flat[0])
-    rows = max(1, _BLOCK // max(width, 1))
-    for start in range(0, flat.shape[1], rows):
-        result[start : start + rows] = combine([one[start : start + rows] for one in flat], start * width)
-    return result.view(shape)
+    rows = [as_rows(delta) for delta in deltas]
+    result = torch.empty(rows[0].shape, dtype=deltas.dtype, device=deltas.device)
+
+    def make(block: slice) -> None:
+        result[block] = combine([one[block] for one in rows], block.start * result.shape[1])
+
+    each_block(rows[0], make)
+    return result.view(deltas[0].shape)
+
+
+def block_generators(generator: torch.Generator) -> Callable[[int], torch.Generator]:
+    """A generator for every block, by the flat index of its first entry: the order of the blocks does not matter.
+
+    Example:
+        >>> first, again = (block_generators(torch.Generator().manual_seed(0))(8) for _ in range(2))
+        >>> torch.equal(torch.rand(2, generator=first), torch.rand(2, generator=again))
+        True
+    """
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    return lambda start: torch.Generator().manual_seed(seed + start)
 
 
 def elected_mean(updates: Sequence[Float[Tensor, " *shape"]], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
@@ -51,16 +63,15 @@ def elected_mean(updates: Sequence[Float[Tensor, " *shape"]], weights: Float[Ten
         >>> elected_mean(updates, torch.tensor([1.0, 0.2, 0.2])) / 1.4
         tensor([1.0000, 2.3333])
     """
-    signed = [update * float(weight) for update, weight in zip(updates, weights, strict=True)]
-    total = torch.zeros_like(signed[0])
-    for one in signed:
-        total += one
-    elected = torch.where(total >= 0, total.new_ones(()), -total.new_ones(()))
-    total.zero_()
-    share = torch.zeros_like(total)
-    for one, weight in zip(signed, weights, strict=True):
-        one.mul_(elected).clamp_(min=0)  # what agrees, and 0 where the sign is the other one
-        total += one
-        share.add_(one.sign_(), alpha=abs(float(weight)))
-    total.mul_(elected).div_(torch.where(share > 0, share, share.new_ones(())))
-    return total * float(weights.abs().sum())
+    shares = weights.tolist()
+    total = torch.zeros_like(updates[0])
+    for update, weight in zip(updates, shares, strict=True):
+        total.add_(update, alpha=weight)
+    elected = total.ge_(0).mul_(2).sub_(1)
+    total, taken = torch.zeros_like(elected), torch.zeros_like(elected)
+    for update, weight in zip(updates, shares, strict=True):
+        agrees = torch.mul(update, elected if weight >= 0 else -elected).clamp_(min=0)
+        total.add_(agrees, alpha=abs(weight))
+        taken.add_(agrees.sign_(), alpha=abs(weight))
+    taken.clamp_(min=min((abs(weight) for weight in shares if weight), default=1.0))  # where none agrees, total is 0
+    return total.mul_(elected).div_(taken).mul_(sum(map(abs, shares)))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from loraloom.adapter import is_finite
+from loraloom.ops.products import Product, Update, blocks_of, each_block
 
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 _INFINITE = 0x7F80  # the upper half of the bit pattern of float32's infinity; NaN lies above
-_CHUNK = 1 << 20  # entries at a time: what is made of them stays in the cache
 
 
 class Cutoff(NamedTuple):
@@ -44,7 +45,7 @@ class Cutoff(NamedTuple):
         return stays
 
 
-def cutoff(values: Tensor, count: int) -> Cutoff:
+def cutoff(values: Update, count: int) -> Cutoff:
     """What tells the ``count`` entries of largest magnitude; of equal ones the first by flat index are taken.
 
     Raises:
@@ -58,15 +59,15 @@ def cutoff(values: Tensor, count: int) -> Cutoff:
     """
     if count == 0:
         return Cutoff(float("inf"), -1)
-    flat = values.detach().flatten()
-    last, above, equal = _located(flat, count)
+    matrix = _matrix(values)
+    last, above, equal = _located(matrix, count)
     missing = count - above
     if missing == equal:
-        return Cutoff(last, flat.numel() - 1)
-    for start in range(0, flat.numel(), _CHUNK):
-        found = (flat[start : start + _CHUNK].abs() == last).nonzero()[:, 0]
+        return Cutoff(last, matrix.numel() - 1)
+    for rows in blocks_of(matrix):
+        found = (matrix[rows].flatten().abs() == last).nonzero()[:, 0]
         if len(found) >= missing:
-            return Cutoff(last, start + int(found[missing - 1]))
+            return Cutoff(last, rows.start * matrix.shape[1] + int(found[missing - 1]))
         missing -= len(found)
     raise AssertionError("the entries changed while they were looked at")
 
@@ -84,7 +85,7 @@ def largest(values: Tensor, count: int) -> Bool[Tensor, "*shape"]:
 def threshold(values: Tensor, count: int) -> Tensor:
     """The ``count``-th largest magnitude, exactly, as a scalar of the tensor's type.
 
-    An evenly spaced sample of 65,536 entries brackets it; one pass counts what lies above the bracket and collects what
+    An evenly spaced sample of 32,768 entries brackets it; one pass counts what lies above the bracket and collects what
     lies inside, and only that remainder is searched. If the sample misleads, all entries are searched.
 
     Args:
@@ -98,43 +99,54 @@ def threshold(values: Tensor, count: int) -> Tensor:
         >>> threshold(torch.tensor([3.0, -5.0, 1.0]), 2)
         tensor(3.)
     """
-    flat = values.detach().flatten()
-    return flat.new_tensor(_located(flat, count)[0])
+    return values.new_tensor(_located(_matrix(values), count)[0])
 
 
-def _located(flat: Tensor, count: int) -> tuple[float, int, int]:
+def _matrix(values: Update) -> Update:
+    return values if isinstance(values, Product) else values.detach().reshape(-1, 1)
+
+
+def _located(matrix: Update, count: int) -> tuple[float, int, int]:
     """The ``count``-th largest magnitude, how many are above it, and how many equal it."""
-    if not 1 <= count <= flat.numel():
-        raise ValueError(f"count must be from 1 to {flat.numel()}, got {count}")
-    if not is_finite(flat):
+    if not 1 <= count <= matrix.numel():
+        raise ValueError(f"count must be from 1 to {matrix.numel()}, got {count}")
+    low, high = _bracket(matrix, count)
+    found = each_block(matrix, lambda rows: _within(matrix[rows].abs(), low, high))
+    if not all(finite for finite, _, _ in found):
         raise ValueError("NaN or infinite entries have no order to select by")
-    low, high = _bracket(flat, count)
-    above, inside = 0, []
-    for chunk in flat.split(_CHUNK):
-        size = chunk.abs()
-        over = size > high
-        above += int(over.count_nonzero())
-        inside.append(size[(size >= low).logical_xor_(over)])
-    near = torch.cat(inside)
+    above, near = sum(over for _, over, _ in found), torch.cat([inside for _, _, inside in found])
     if not 1 <= count - above <= near.numel():  # the sample misled: look at all
-        near, above = flat.abs(), 0
+        near, above = torch.cat([matrix[rows].abs().flatten() for rows in blocks_of(matrix)]), 0
     last = near.kthvalue(near.numel() - (count - above) + 1).values
     return float(last), above + int((near > last).count_nonzero()), int((near == last).count_nonzero())
 
 
-def _bracket(flat: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _within(size: Tensor, low: float, high: float) -> tuple[bool, int, Tensor]:
+    """Of some magnitudes: whether all are finite, how many are above the bracket, and those in it."""
+    finite = is_finite(size)
+    if size.device.type != "cpu" or size.dtype not in (torch.float32, torch.float64):
+        above = size > high
+        return finite, int(above.count_nonzero()), size[(size >= low).logical_xor_(above)]
+    flat = size.numpy().ravel()  # NumPy compares several times faster
+    over = flat > high
+    return finite, int(np.count_nonzero(over)), torch.from_numpy(flat[np.flatnonzero((flat >= low) ^ over)])
+
+
+def _bracket(matrix: Update, count: int) -> tuple[float, float]:
     """Two magnitudes that have the one that is sought between them, almost surely."""
-    step = max(1, flat.numel() // _SAMPLE) | 1  # odd: rows of even length are not all met at one column
-    sample = flat[::step].abs().sort(descending=True).values
-    share, size = count / flat.numel(), sample.numel()
+    total = matrix.numel()
+    step = max(1, total // _SAMPLE) | 1  # odd: rows of even length are not all met at one column
+    some = matrix.every(step) if isinstance(matrix, Product) else matrix[::step, 0]
+    sample = some.abs().sort(descending=True).values
+    share, size = count / total, sample.numel()
     slack = 5 * (share * (1 - share) * size) ** 0.5 + 5
     first, last = int(share * size - slack), int(share * size + slack) + 1
-    high = sample[first] if first >= 0 else sample.new_tensor(float("inf"))
-    low = sample[last] if last < size else sample.new_zeros(())
+    high = float(sample[first]) if first >= 0 else float("inf")
+    low = float(sample[last]) if last < size else 0.0
     return low, high
 
 
-def share_of(density: float, values: Tensor) -> int:
+def share_of(density: float, values: Update) -> int:
     """How many entries a density keeps: ``round(density * n)``, but at least one.
 
     Example:

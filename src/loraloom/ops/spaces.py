@@ -27,6 +27,7 @@ from torch import Tensor
 
 from loraloom.adapter import Basis, Factors, Shape, UnsupportedKind, basis, concat, is_finite, padded, truncate
 from loraloom.ops.dense import low_rank
+from loraloom.ops.products import Product, Products, Updates
 
 Combine = Callable[..., Tensor]  # a method with its knobs bound: (stack, weights) -> tensor
 Parts = Sequence[Factors | None]  # one module of every adapter; None where an adapter has no such module
@@ -41,6 +42,7 @@ class Request:
         combine: the method, its knobs and generator bound.
         weights: one per adapter.
         linear: whether the method is a sum with coefficients that depend on the weights alone.
+        by_rows: whether the method takes updates that are formed a block of rows at a time.
         rank: the rank of the result.
         cut: whether that rank was asked for, so that an exact result of another rank is cut to it.
         keep_scale: whether parts of one scale may keep it (the configuration still says it).
@@ -53,6 +55,7 @@ class Request:
     combine: Combine
     weights: Sequence[float]
     linear: bool
+    by_rows: bool
     rank: int
     cut: bool
     keep_scale: bool
@@ -147,7 +150,7 @@ def _combined_factors(
     a = torch.stack([abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)])
     if request.statistics is None:
         return _combined(b, request), _combined(a, request)
-    flat = _stacked(request.statistics, b)  # B before A
+    flat = torch.stack(list(request.statistics)).to(b)  # B before A
     size = b[0].numel()
     return _combined(b, request, flat[:, :size].view_as(b)), _combined(a, request, flat[:, size:].view_as(a))
 
@@ -162,19 +165,27 @@ def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
         dtype = working if request.cut else stored
         cast = [replace(part, B=part.B.to(dtype), A=part.A.to(dtype)) for part in present]
         return _cut(replace(concat(cast, used), bias=_bias(parts, scales, request)), stored, request)
-    stack = torch.empty(len(parts), *present[0].shape[:2], dtype=working, device=present[0].B.device)
-    for row, part in zip(stack, parts, strict=True):
-        if part is None:
-            row.zero_()
-        elif request.dense is not None:
-            row.copy_(request.dense(part))
-        else:
-            torch.mm(part.scale * part.B.to(working), part.A.to(working), out=row)
-    dense = _combined(stack, request, _stacked(request.statistics, stack))
-    del stack
+    if request.by_rows and request.dense is None:
+        none = Product(present[0].B.new_zeros(present[0].shape.out, 0, dtype=working), present[0].A[:0].to(working))
+        dense = _combined(Products([none if part is None else _product(part, working) for part in parts]), request)
+    else:
+        stack = torch.empty(len(parts), *present[0].shape[:2], dtype=working, device=present[0].B.device)
+        for row, part in zip(stack, parts, strict=True):
+            if part is None:
+                row.zero_()
+            elif request.dense is not None:
+                row.copy_(request.dense(part))
+            else:
+                torch.mm(part.scale * part.B.to(working), part.A.to(working), out=row)
+        dense = _combined(stack, request, _stacked(request.statistics, stack))
+        del stack
     like = replace(present[0], B=present[0].B.to(stored), bias=_bias(parts, scales, request), magnitude=None)
     start = torch.cat([part.B.to(working) for part in present], dim=1)
     return refactor(dense, request.rank, like, request.name, start)
+
+
+def _product(part: Factors, working: torch.dtype) -> Product:
+    return Product(part.scale * part.B.to(working), part.A.to(working))
 
 
 class _Joint(NamedTuple):
@@ -317,7 +328,7 @@ def _shares(request: Request) -> list[float]:
     return share
 
 
-def _combined(stack: Tensor, request: Request, statistics: Tensor | None = None) -> Tensor:
+def _combined(stack: Updates, request: Request, statistics: Tensor | None = None) -> Tensor:
     weights = torch.tensor(request.weights, dtype=stack.dtype, device=stack.device)
     if statistics is None:
         return request.combine(stack, weights)

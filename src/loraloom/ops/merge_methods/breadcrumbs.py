@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.products import Updates
 from loraloom.ops.select import cutoff, share_of
 
 
@@ -18,9 +19,10 @@ from loraloom.ops.select import cutoff, share_of
     paper="https://arxiv.org/abs/2312.06795",
     breaks=("single",),
     spaces=("delta", "core", "knots", "factors"),
+    by_rows=True,
 )
 def breadcrumbs(
-    deltas: Float[Tensor, " k *shape"],
+    deltas: Updates,
     weights: Float[Tensor, " k"],
     *,
     density: float = 0.85,

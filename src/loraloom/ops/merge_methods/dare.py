@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.entrywise import by_blocks
+from loraloom.ops.entrywise import block_generators, by_blocks
 from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.products import Updates
+
+_STEPS = 1 << 16  # of a probability
 
 
 @merge_methods.register(
@@ -17,9 +20,10 @@ from loraloom.ops.merge_methods import merge_methods
     paper="https://arxiv.org/abs/2311.03099",
     breaks=("single", "order"),
     spaces=("delta", "core", "knots", "factors"),
+    by_rows=True,
 )
 def dare(
-    deltas: Float[Tensor, " k *shape"],
+    deltas: Updates,
     weights: Float[Tensor, " k"],
     *,
     density: float = 0.5,
@@ -27,9 +31,9 @@ def dare(
 ) -> Float[Tensor, " *shape"]:
     """Weighted sum of updates of which random entries are dropped, the others rescaled (DARE: Yu et al. 2024).
 
-    Each entry of each update stays with probability ``density`` and is divided by it, so the expected result is the
-    weighted sum. Masks are drawn for the updates one after another, a block of rows at a time: another order of the
-    adapters gives another draw.
+    Each entry of each update stays with probability ``density`` (rounded to a multiple of 1/65536) and is divided by
+    it, so the expected result is the weighted sum. Masks are drawn for the updates one after another, a block of rows
+    at a time: another order of the adapters gives another draw.
 
     Args:
         deltas: the k updates, stacked.
@@ -40,13 +44,15 @@ def dare(
     Example:
         >>> updates = torch.ones(1, 8)
         >>> dare(updates, torch.ones(1), density=0.5, generator=torch.Generator().manual_seed(0))
-        tensor([2., 0., 2., 2., 2., 0., 2., 0.])
+        tensor([2., 0., 0., 2., 2., 0., 0., 0.])
     """
 
+    draws, chance = block_generators(generator), _chance(density)
+
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
-        total = torch.zeros_like(rows[0])
-        for one, weight in zip(rows, weights, strict=True):
-            total.addcmul_(one, _stays(one, density, generator), value=float(weight) / density)
+        total, draw = torch.zeros_like(rows[0]), draws(start)
+        for one, weight in zip(rows, weights.tolist(), strict=True):
+            total.addcmul_(one, _stays(one, chance, draw), value=weight * _STEPS / chance)
         return total
 
     return by_blocks(deltas, combine)
@@ -59,9 +65,17 @@ def dropped(delta: Float[Tensor, " *shape"], density: float, generator: torch.Ge
         >>> dropped(torch.ones(2), 1.0, torch.Generator())
         tensor([1., 1.])
     """
-    return _stays(delta, density, generator).mul_(delta).div_(density)
+    chance = _chance(density)
+    return _stays(delta, chance, generator).mul_(delta).mul_(_STEPS / chance)
 
 
-def _stays(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """1 where an entry stays, 0 where it is dropped."""
-    return torch.rand(delta.shape, generator=generator).lt_(density).to(delta)
+def _chance(density: float) -> int:
+    """The probability to stay, in steps of 1/65536, at least one of them."""
+    return max(1, round(density * _STEPS))
+
+
+def _stays(delta: Tensor, chance: int, generator: torch.Generator) -> Tensor:
+    """1 where an entry stays, 0 where it is dropped: 16 random bits are compared, a quarter of the draws of floats."""
+    words = torch.empty(delta.numel() // 4 + 1, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+    drawn = words.view(torch.int16)[: delta.numel()].view(delta.shape).to(delta.device)
+    return torch.le(drawn, chance - _STEPS // 2 - 1, out=torch.empty_like(delta))

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.entrywise import by_blocks, elected_mean
+from loraloom.ops.entrywise import block_generators, by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.merge_methods.dare import dropped
+from loraloom.ops.products import Updates
 
 
 @merge_methods.register(
@@ -18,9 +19,10 @@ from loraloom.ops.merge_methods.dare import dropped
     paper="https://arxiv.org/abs/2311.03099",
     breaks=("single", "order"),
     spaces=("delta", "core", "knots", "factors"),
+    by_rows=True,
 )
 def dare_ties(
-    deltas: Float[Tensor, " k *shape"],
+    deltas: Updates,
     weights: Float[Tensor, " k"],
     *,
     density: float = 0.5,
@@ -43,7 +45,10 @@ def dare_ties(
         tensor([2., 2.])
     """
 
+    draws = block_generators(generator)
+
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
-        return elected_mean([dropped(one, density, generator) for one in rows], weights)
+        draw = draws(start)
+        return elected_mean([dropped(one, density, draw) for one in rows], weights)
 
     return by_blocks(deltas, combine)

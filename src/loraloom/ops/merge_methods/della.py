@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraloom.ops.entrywise import by_blocks, elected_mean
+from loraloom.ops.entrywise import block_generators, by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
 
 
@@ -53,8 +53,11 @@ def della(
             f"epsilon must be in [0, {most:.4g}] (below {2 * density:.4g}) for this density, got {epsilon}"
         )
 
+    draws = block_generators(generator)
+
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
-        return elected_mean([_magprune(one, density, epsilon, generator) for one in rows], weights)
+        draw = draws(start)
+        return elected_mean([_magprune(one, density, epsilon, draw) for one in rows], weights)
 
     return by_blocks(deltas, combine)
 

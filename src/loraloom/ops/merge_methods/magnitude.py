@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.products import Updates
 from loraloom.ops.select import cutoff, share_of
 
 
@@ -18,10 +19,9 @@ from loraloom.ops.select import cutoff, share_of
     paper="https://arxiv.org/abs/2212.04089",
     breaks=("single",),
     spaces=("delta", "core", "knots", "factors"),
+    by_rows=True,
 )
-def magnitude(
-    deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"], *, density: float = 0.2
-) -> Float[Tensor, " *shape"]:
+def magnitude(deltas: Updates, weights: Float[Tensor, " k"], *, density: float = 0.2) -> Float[Tensor, " *shape"]:
     """Task arithmetic on magnitude-pruned updates (PEFT's ``magnitude_prune``; task arithmetic: Ilharco et al. 2023).
 
     Per module and update the ``round(density * n)`` largest entries stay (at least one; of equal ones the first),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loraloom.ops.entrywise import by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.products import Updates
 from loraloom.ops.select import cutoff, share_of
 
 
@@ -17,10 +18,9 @@ from loraloom.ops.select import cutoff, share_of
     paper="https://arxiv.org/abs/2306.01708",
     breaks=("single",),
     spaces=("delta", "core", "knots", "factors"),
+    by_rows=True,
 )
-def ties(
-    deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"], *, density: float = 0.2
-) -> Float[Tensor, " *shape"]:
+def ties(deltas: Updates, weights: Float[Tensor, " k"], *, density: float = 0.2) -> Float[Tensor, " *shape"]:
     """Merge updates that disagree in sign (TIES: Yadav et al. 2023, section 3).
 
     Per module and update the ``round(density * n)`` largest entries stay (at least one; of equal ones the first). Of
