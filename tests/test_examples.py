@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LAST_LINE = {
     "hf_trainer.py": "step 12: p = 1.00, 4 layers active",
     "lori.py": "step 7: 0.20 of B in use, the first task's part untouched: True",
+    "moka.py": "step 5: the loss fell: True, loaded bit for bit: True",
     "plain_loop.py": "step 11: p = 1.00, loss ",
     "accelerate_loop.py": "step 7: p = 1.00, loss ",
     "trl_sft.py": "step 12: p = 1.00, 4 layers active",

@@ -16,8 +16,16 @@ from loraloom.models.whisper_tiny import _renamed, _variables
 
 
 def test_every_model_tells_its_facts() -> None:
-    assert list(models) == ["minilm-l6", "smollm2-135m", "vit-s14", "whisper-tiny-en"]
-    assert {models[name].facts["family"] for name in models} == {"causal", "encoder", "vision", "speech"}
+    assert list(models) == [
+        "llava-smollm2",
+        "minilm-l6",
+        "smollm2-135m",
+        "speech-smollm2",
+        "vit-s14",
+        "whisper-tiny-en",
+    ]
+    families = {"causal", "encoder", "multimodal", "vision", "speech"}
+    assert {models[name].facts["family"] for name in models} == families
     for name in models:
         facts = models[name].facts
         assert set(facts) == {"family", "licence", "parameters", "size", "package"}
@@ -172,3 +180,55 @@ def test_minilm_for_real() -> None:
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     assert abs(float(vectors[0] @ vectors[1]) - 0.761) < 0.01
     assert abs(float(vectors[0] @ vectors[2])) < 0.1
+
+
+def beside_smollm2(name: str) -> tuple:
+    """A model that is put together, its processor and a batch of text, on which it must be SmolLM2 itself."""
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    from loraloom.integrations.backbones import load_backbone
+
+    backbone = load_backbone(name)
+    assert sum(parameter.numel() for parameter in backbone.model.parameters()) == models[name].facts["parameters"]
+    assert type(backbone.processor) is type(AutoProcessor.from_pretrained(resolve(name)))
+    words = backbone.processor.tokenizer(["The capital of France is"], return_tensors="pt")
+    alone = AutoModelForCausalLM.from_pretrained(resolve("smollm2-135m"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.model(**words).logits, alone(**words).logits)
+    return backbone.model, backbone.processor
+
+
+@pytest.mark.real
+def test_llava_smollm2_for_real() -> None:
+    from safetensors import safe_open
+
+    model, processor = beside_smollm2("llava-smollm2")
+    with safe_open(Path(resolve("vit-s14")) / "model.safetensors", "pt") as stored:
+        live = model.state_dict()
+        for key in ("embeddings.position_embeddings", "encoder.layer.11.mlp.fc2.weight"):
+            assert torch.equal(live[f"model.vision_tower.{key}"], stored.get_tensor(key))
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    batch = processor(text=["<filename> What is it?"], images=[[picture]], return_tensors="pt")
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == 9
+    with torch.no_grad():
+        features = model.get_image_features(batch["pixel_values"]).pooler_output[0]
+        assert torch.isfinite(model(**batch).logits).all()
+    spread = float(features.std() / model.get_input_embeddings().weight.std())
+    assert 0.1 < spread < 10  # what stands beside words is of their size before anything is trained
+
+
+@pytest.mark.real
+def test_speech_smollm2_for_real() -> None:
+    from safetensors import safe_open
+
+    model, processor = beside_smollm2("speech-smollm2")
+    with safe_open(Path(resolve("whisper-tiny-en")) / "model.safetensors", "pt") as stored:
+        tower = model.model.audio_tower
+        assert torch.equal(tower.layers[3].fc2.weight, stored.get_tensor("model.encoder.layers.3.fc2.weight").float())
+        positions = stored.get_tensor("model.encoder.embed_positions.weight").float()
+        assert torch.equal(tower.embed_positions.weight, positions[:100])
+    clip = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    batch = processor(text=["<filename> Transcript:"], audio=[clip], sampling_rate=16_000, return_tensors="pt")
+    assert int((batch["input_ids"] == model.config.audio_token_id).sum()) == 25  # a second, 40 ms a token
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).logits).all()

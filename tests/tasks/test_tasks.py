@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -17,6 +18,8 @@ FACTS = {"modality": "text", "prompt": "Text: {content}\nClass:", "source": "mad
 LIGHT = (
     "digits",
     "digits-policy",
+    "easy-vqa",
+    "easy-vqa-caption",
     "easy-vqa-colour",
     "easy-vqa-shape",
     "sent-amazon",
@@ -24,7 +27,7 @@ LIGHT = (
     "sent-tweets",
     "topic-bbc",
 )
-HEAVY = ("fashion-mnist", *SOURCES)
+HEAVY = ("asterisk-speech", "fashion-mnist", *SOURCES)
 
 
 @pytest.fixture
@@ -80,11 +83,13 @@ def test_every_task_tells_its_facts() -> None:
     for name in tasks:
         facts: Mapping = tasks[name].facts
         assert set(facts) == {"modality", "prompt", "source", "licence"}
-        assert facts["modality"] in ("text", "image")
-        assert ("{content}" in facts["prompt"]) == (facts["modality"] == "text")
+        assert facts["modality"] in ("text", "image", "image+text", "audio+text")
+        medium, beside, _ = facts["modality"].partition("+")
+        assert ("{content}" in facts["prompt"]) == (facts["modality"] == "text" or name == "easy-vqa")
+        assert (f"{{{medium}}}" in facts["prompt"]) == bool(beside)
         assert not facts["prompt"].endswith(" ")
         assert tasks[name].paper.startswith("https://")
-        assert tasks[name].summary.endswith((".", "?", "classes.", "part."))
+        assert tasks[name].summary.endswith((".", "?"))
 
 
 def test_texts_with_their_own_choices() -> None:
@@ -179,6 +184,9 @@ def test_choices_that_differ_are_shuffled_and_fixed_ones_are_not() -> None:
 
 
 def key(example: Example) -> str:
+    if example.media:
+        held = b"".join(np.asarray(media).tobytes() for media in example.media.values())
+        return f"{example.content}\0{hashlib.sha256(held).hexdigest()}"
     if isinstance(example.content, str):
         return "\0".join([normal(example.content), *sorted(example.choices)])
     return example.content.tobytes().hex()
@@ -190,7 +198,7 @@ def check_laws(name: str) -> Task:
     seen: dict[str, str] = {}
     groups: dict[str, str] = {}
     for part in PARTS:
-        assert len(task.splits[part]) >= 50
+        assert len(task.splits[part]) >= 25
         for example in task.splits[part]:
             assert key(example) not in seen
             seen[key(example)] = part
@@ -206,7 +214,10 @@ def check_laws(name: str) -> Task:
                 assert example.content.flags.writeable
             else:
                 assert isinstance(example.content, str)
-                assert example.content.strip() == example.content != ""
+                assert example.content.strip() == example.content
+                assert bool(example.media) == task.modality.endswith("+text")
+                assert example.content or example.media
+                assert all(media.dtype in (np.uint8, np.float32) for media in example.media.values())
                 assert "�" not in example.content or name not in LIGHT  # the source has some
     if task.labels:
         shown = [example.label for example in task.splits["train"]]
@@ -241,6 +252,19 @@ def test_pictures_have_the_colour_that_we_say() -> None:
             pixels, counts = np.unique(np.asarray(example.content).reshape(-1, 3), axis=0, return_counts=True)
             second = pixels[np.argsort(counts)[-2]]
             assert tuple(second) == pure[task.labels[example.label]]
+
+
+@pytest.mark.real
+def test_captions_answer_the_questions() -> None:
+    """The caption of a picture and the answers to what colour and which shape agree."""
+    told = {e.group: e.choices[e.label].split() for part in load_task("easy-vqa-caption").splits.values() for e in part}
+    asked = 0
+    for example in load_task("easy-vqa", limit=500).splits["test"]:
+        caption, answer = told.get(example.group), example.choices[example.label]
+        if caption and answer not in ("yes", "no"):
+            assert answer in caption, (example.content, answer, caption)
+            asked += 1
+    assert asked > 50
 
 
 @pytest.mark.real

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -18,10 +19,7 @@ from loraloom.integrations.checkpoints import SafeCheckpoints, last_complete, re
 from loraloom.integrations.trainer import CoToCallback, RichProgress
 from loraloom.strategies import Strategy
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-_CLOCK = "seconds.json"
+_CLOCK, _TRAINED = "seconds.json", "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,8 @@ def fit(
     """Train the adapters of ``model`` in place with HF Trainer; a killed run that is resumed ends in the same bits.
 
     Args:
-        model: a PEFT model, or one of Transformers whose trainable weights are trained in place. With ``loss`` it may be
-            a mere backbone (AutoModel).
+        model: a PEFT model, or one of Transformers of which the trainable weights are trained in place. With ``loss``
+            it may be a mere backbone (AutoModel).
         dataset: examples by index, with a length. What an index gives must not depend on chance: an example that is
             drawn ahead of its step would be drawn again after a resume.
         collate: a list of examples to the keyword arguments of forward; ``labels`` go to ``loss`` where it is given.
@@ -135,7 +133,8 @@ def fit(
     bar = RichProgress() if options.progress else None
     safe = SafeCheckpoints() if options.save_every else None
     clock = _Clock(start)
-    extra = [clock, switch, bar, *callbacks, safe]  # the seal comes last: it covers what other callbacks save
+    trained = None if isinstance(model, PeftModel) else _Weights(model, start)
+    extra = [clock, trained, switch, bar, *callbacks, safe]  # the seal comes last: it covers what other callbacks save
     trainer = Trainer(
         model,
         _arguments(options),
@@ -174,6 +173,31 @@ class _Clock(TrainerCallback):
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / _CLOCK).write_text(json.dumps({"seconds": self.seconds()}), encoding="utf-8")
+
+
+class _Weights(TrainerCallback):
+    """Keeps the trained weights of a model of Transformers in its checkpoints, under the names that they have live.
+
+    The checkpoint's own names may be others (those of the hub), which a Trainer that resumes does not find, silently.
+    """
+
+    def __init__(self, model: torch.nn.Module, start: Path | None) -> None:
+        self._start = start
+        self._held = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def load(self) -> None:
+        """Put the weights of the checkpoint in."""
+        with torch.no_grad():
+            for name, value in load_file(self._start / _TRAINED).items() if self._start else ():
+                self._held[name].copy_(value)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.load()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file({name: weight.detach().contiguous() for name, weight in self._held.items()}, folder / _TRAINED)
 
 
 def _arguments(options: FitOptions) -> TrainingArguments:
@@ -231,14 +255,14 @@ def _starting_point(options: FitOptions) -> Path | None:
 
 def _finished(model: PeftModel, checkpoint: Path, step: int) -> Fit:
     """The end of a run that needs no further step: the Trainer would make one all the same."""
-    from peft import PeftModel, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     if isinstance(model, PeftModel):
         weights = load_peft_weights(str(checkpoint), device="cpu")
         set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
     else:
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+        _Weights(model, checkpoint).load()
     return Fit(step, step, _seconds(checkpoint), tuple(_state(checkpoint)["log_history"]))
 
 

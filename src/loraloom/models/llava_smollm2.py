@@ -7,7 +7,9 @@ from pathlib import Path
 
 from loraloom.models import models
 from loraloom.models.assembly import assembled
+from loraloom.models.smollm2 import PACKAGE as TEXT
 from loraloom.models.smollm2 import smollm2_135m
+from loraloom.models.vit_s14 import PACKAGE as VISION
 from loraloom.models.vit_s14 import PREPROCESSOR, WIDTH, vit_s14
 
 SIDE, PATCH = 42, 14
@@ -21,7 +23,7 @@ PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that st
     licence="Apache-2.0, MIT",
     parameters=157_125_696,
     size="360 MB",
-    package="from vit-s14 and smollm2-135m",
+    package=f"{VISION.requirement}, {TEXT.requirement}",
 )
 def llava_smollm2() -> Path:
     """A LLaVA (Liu et al. 2023) of ViT-S/14 and SmolLM2-135M, for pictures of 42 pixels a side, which are 9 tokens.

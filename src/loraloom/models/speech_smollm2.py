@@ -7,7 +7,9 @@ from pathlib import Path
 
 from loraloom.models import models
 from loraloom.models.assembly import assembled
+from loraloom.models.smollm2 import PACKAGE as TEXT
 from loraloom.models.smollm2 import smollm2_135m
+from loraloom.models.whisper_tiny import PACKAGE as SPEECH
 from loraloom.models.whisper_tiny import whisper_tiny_en
 
 SECONDS = 2
@@ -19,9 +21,9 @@ PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that st
     paper="https://arxiv.org/abs/2507.08128",
     family="multimodal",
     licence="Apache-2.0, MIT",
-    parameters=171_109_056,
+    parameters=171_051_456,
     size="420 MB",
-    package="from whisper-tiny-en and smollm2-135m",
+    package=f"{SPEECH.requirement}, {TEXT.requirement}",
 )
 def speech_smollm2() -> Path:
     """The architecture of Audio Flamingo 3 (Goel et al. 2025) with Whisper tiny.en's encoder and SmolLM2-135M.
