@@ -40,7 +40,7 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
         rank: r.
         alpha: the update is scaled by alpha / r, for rsLoRA by alpha / sqrt(r).
         dropout: of the adapters' input.
-        target_modules: names, or ``all-linear``.
+        target_modules: names, or ``all-linear`` (of a multimodal model those of its language model).
         seed: of the adapter's random start.
         start: an adapter to go on with; it decides kind, rank, alpha and targets.
         moka: the plan, for kind ``moka``.
@@ -51,7 +51,9 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
     """
     snapshot = Snapshot(model)
     was_training = model.training
-    targets = targets_in_text(model, target_modules) if is_multimodal(model) else target_modules
+    targets = target_modules
+    if targets == "all-linear" and is_multimodal(model):  # of the language model, as for MokA
+        targets = targets_in_text(model, targets)
     options = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks Transformers by an old name whether gradient checkpointing is on; not our user's concern.

@@ -189,8 +189,8 @@ def _stream_of(model: nn.Module, path: str, plan: MokA) -> Routing | None:
 
 
 def is_multimodal(model: nn.Module) -> bool:
-    """Whether the model is a language model with other parts beside it, such as an encoder of images."""
-    return bool(_language_model(model)[0])
+    """Whether the model is a language model that writes, with other parts beside it, such as an encoder of images."""
+    return bool(_language_model(model)[0]) and hasattr(model, "generate")
 
 
 def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
