@@ -138,9 +138,10 @@ class Continuation:
         if not rows[0].beside:
             del batch["labels"]  # else they tell which tokens no other modality may look at
         with torch.inference_mode():
-            logits = model(**batch).logits
+            device = next(model.parameters()).device
+            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
         logs = [
-            torch.log_softmax(held[len(row.asked) - 1 : len(row.asked) + len(row.told)].float(), -1)
+            torch.log_softmax(held[len(row.asked) - 1 : len(row.asked) + len(row.told)].float(), -1).cpu()
             for held, row in zip(logits, rows, strict=True)
         ]
         return [

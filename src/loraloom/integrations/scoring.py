@@ -82,8 +82,8 @@ class Prototypes:
 
     def logits(self, features: Tensor) -> Tensor:
         """Batch x width -> batch x labels."""
-        centred = F.normalize(features.float() - self.centre, dim=-1)
-        return centred @ self.directions.T / TEMPERATURE
+        centred = F.normalize(features.float() - self.centre.to(features.device), dim=-1)
+        return centred @ self.directions.to(features.device).T / TEMPERATURE
 
 
 def fit_prototypes(features: Tensor, labels: Tensor, classes: int, pool: str) -> Prototypes:
@@ -210,9 +210,11 @@ class Bench:
             self.model.register_forward_hook(hand_on, with_kwargs=True)
 
     def _features(self, model: nn.Module, batch: dict[str, Tensor], head: Prototypes) -> Tensor:
+        device = next(model.parameters()).device
+        batch = {key: value.to(device) for key, value in batch.items()}
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
-        return head.features(hidden, batch.get("attention_mask"))
+        return head.features(hidden, batch.get("attention_mask")).cpu()
 
     def _batches(self, examples: Sequence[Example], size: int = 64) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(examples), size):
