@@ -13,6 +13,7 @@ from torch import Tensor
 from loraloom.stream import ahead
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 _BLOCK = 1 << 18  # entries of one update at a time: the blocks of a few updates stay in the cache
 
@@ -119,15 +120,29 @@ def blocks_of(matrix: Update) -> list[slice]:
 
 
 def each_block(matrix: Update, make: Callable[[slice], R]) -> list[R]:
-    """What is made of every block of rows of a matrix, in order; on a CPU several are made at once, by a thread each.
+    """What is made of every block of rows of a matrix, in order.
 
     Example:
         >>> each_block(torch.ones(2, 3), lambda rows: (rows.start, rows.stop))
         [(0, 2)]
     """
-    blocks = blocks_of(matrix)
-    held = matrix.B if isinstance(matrix, Product) else matrix
+    return _several(blocks_of(matrix), make, matrix)
+
+
+def each_update(updates: Updates, make: Callable[[Update], R]) -> list[R]:
+    """What is made of every update, in order.
+
+    Example:
+        >>> each_update(torch.ones(2, 3), lambda update: update.numel())
+        [3, 3]
+    """
+    return _several(list(updates), make, updates[0])
+
+
+def _several(items: Sequence[T], make: Callable[[T], R], like: Update) -> list[R]:
+    """On a CPU several at once, by a thread each: threads that share one operation wait for each other at its end."""
+    held = like.B if isinstance(like, Product) else like
     threads = torch.get_num_threads() if held.device.type == "cpu" and not held.requires_grad else 1
-    if min(threads, len(blocks)) <= 1:
-        return [make(rows) for rows in blocks]
-    return [made for _, made in ahead(make, blocks, workers=threads, depth=2 * threads)]
+    if min(threads, len(items)) <= 1 or like.numel() <= _BLOCK:
+        return [make(item) for item in items]
+    return [made for _, made in ahead(make, items, workers=threads, depth=2 * threads)]

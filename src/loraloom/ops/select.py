@@ -137,12 +137,12 @@ def _bracket(matrix: Update, count: int) -> tuple[float, float]:
     total = matrix.numel()
     step = max(1, total // _SAMPLE) | 1  # odd: rows of even length are not all met at one column
     some = matrix.every(step) if isinstance(matrix, Product) else matrix[::step, 0]
-    sample = some.abs().sort(descending=True).values
+    sample = some.abs()
     share, size = count / total, sample.numel()
     slack = 5 * (share * (1 - share) * size) ** 0.5 + 5
     first, last = int(share * size - slack), int(share * size + slack) + 1
-    high = float(sample[first]) if first >= 0 else float("inf")
-    low = float(sample[last]) if last < size else 0.0
+    high = float(sample.kthvalue(size - first).values) if first >= 0 else float("inf")
+    low = float(sample.kthvalue(size - last).values) if last < size else 0.0
     return low, high
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.products import Updates
+from loraloom.ops.products import Updates, each_update
 from loraloom.ops.select import cutoff, share_of
 
 
@@ -52,7 +52,7 @@ def breadcrumbs(
     size = deltas[0].numel()
     outliers = min(round(gamma * size), size - 1)
     kept = min(share_of(density, deltas[0]), size - outliers)
-    cuts = [(cutoff(delta, outliers + kept), cutoff(delta, outliers)) for delta in deltas]
+    cuts = each_update(deltas, lambda delta: (cutoff(delta, outliers + kept), cutoff(delta, outliers)))
 
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
         total = torch.zeros_like(rows[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraloom.ops.entrywise import by_blocks
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.products import Updates
+from loraloom.ops.products import Updates, each_update
 from loraloom.ops.select import cutoff, share_of
 
 
@@ -36,7 +36,7 @@ def magnitude(deltas: Updates, weights: Float[Tensor, " k"], *, density: float =
         >>> magnitude(torch.tensor([[3.0, -1.0], [1.0, 2.0]]), torch.tensor([1.0, 1.0]), density=0.5)
         tensor([3., 2.])
     """
-    cuts = [cutoff(delta, share_of(density, delta)) for delta in deltas]
+    cuts = each_update(deltas, lambda delta: cutoff(delta, share_of(density, delta)))
 
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
         total = torch.zeros_like(rows[0])

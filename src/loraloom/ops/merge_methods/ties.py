@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraloom.ops.entrywise import by_blocks, elected_mean
 from loraloom.ops.merge_methods import merge_methods
-from loraloom.ops.products import Updates
+from loraloom.ops.products import Updates, each_update
 from loraloom.ops.select import cutoff, share_of
 
 
@@ -38,7 +38,7 @@ def ties(deltas: Updates, weights: Float[Tensor, " k"], *, density: float = 0.2)
         >>> ties(torch.tensor([[3.0, -1.0], [1.0, 2.0]]), torch.tensor([0.5, 0.5]), density=1.0)
         tensor([2., 2.])
     """
-    cuts = [cutoff(delta, share_of(density, delta)) for delta in deltas]
+    cuts = each_update(deltas, lambda delta: cutoff(delta, share_of(density, delta)))
 
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
         return elected_mean([cut.kept(one, start) for cut, one in zip(cuts, rows, strict=True)], weights)
