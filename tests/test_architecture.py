@@ -50,6 +50,7 @@ LEVELS = {
     "loraloom.recipe": 4,
     "loraloom.calibration": 4,
     "loraloom.probing": 4,
+    "loraloom.comparison": 4,
     "loraloom.run": 4,
     "loraloom.demo": 4,
     "loraloom.cli": 5,

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from loraloom.overview import cosines, summary
     from loraloom.probes.connectivity import connectivity
     from loraloom.probes.forgetting import forgetting
+    from loraloom.probes.geometry import geometry
+    from loraloom.probes.interference import interference
     from loraloom.probes.partial_modality import partial_modality
     from loraloom.recipe import Recipe
     from loraloom.recipe import read as read_recipe
@@ -72,6 +74,8 @@ _HOME = {
     "search": "ops.search",
     "connectivity": "probes.connectivity",
     "forgetting": "probes.forgetting",
+    "geometry": "probes.geometry",
+    "interference": "probes.interference",
     "partial_modality": "probes.partial_modality",
     "Recipe": "recipe",
     "train": "run",
@@ -135,6 +139,8 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "connectivity",
     "forgetting",
     "partial_modality",
+    "interference",
+    "geometry",
     "summary",
     "cosines",
     "catalogue",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loraloom.cli.shell import AsJson, Many, One, Overwrite, command, probe, result, table
+from loraloom.cli.shell import AsJson, Many, One, OtherBases, Overwrite, command, probe, result, table
 
 Json = Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_default=False)]
 Model = Annotated[str, typer.Option(help="Base model; by default what the (first) adapter names.")]
@@ -90,6 +90,49 @@ def partial_modality(
     _show(report, out, as_json)
 
 
+@command("probe interference", on=probe)
+def interference(
+    adapters: Many,
+    out: Json,
+    entries: Annotated[
+        bool, typer.Option("--entries/--no-entries", help="Compare signs, entry by entry: nearly all of the time.")
+    ] = True,
+    allow_different_bases: OtherBases = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """How adapters lie to each other: cosines, angles, signs, singular vectors, masks. No model or task is needed.
+
+    The masks of LoRI adapters are those in their folders, else the entries of B that are not 0.
+    """
+    import loraloom as ll
+    from loraloom.comparison import interference_report
+    from loraloom.masks import MASK
+
+    _refuse_taken(out, overwrite)
+    masks = [ll.load_mask(path) if (path / MASK).is_file() else None for path in adapters]
+    opened, names = [ll.load(path) for path in adapters], [path.name for path in adapters]
+    options: dict[str, Any] = {"entries": entries, "masks": masks, "same_base": not allow_different_bases}
+    _show(interference_report(opened, names, **options), out, as_json)
+
+
+@command("probe geometry", on=probe)
+def geometry(
+    adapters: Many,
+    out: Json,
+    allow_different_bases: OtherBases = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Where many adapters lie: cosines, distances, principal axes. No model or task is needed."""
+    import loraloom as ll
+    from loraloom.comparison import geometry_report
+
+    _refuse_taken(out, overwrite)
+    opened, names = [ll.load(path) for path in adapters], [path.name for path in adapters]
+    _show(geometry_report(opened, names, same_base=not allow_different_bases), out, as_json)
+
+
 def _numbers(given: list[str]) -> dict[str, int]:
     """Numbers by name, of ``image=1``."""
     found = {}
@@ -116,7 +159,7 @@ def _show(report: Any, out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.records[0]))
         return
-    first, second = report.panels
+    first, second, *_ = report.panels
     head, rows = grid(first)
     table(first.title, [dict(zip(head, row, strict=True)) for row in rows], as_json=False)
     result({str(row[0]): row[1] for row in grid(second)[1]} | {"report": str(out)}, as_json=False)
