@@ -27,10 +27,8 @@ def train(
 
     trained = ll.train(ll.read_recipe(recipe, set_ or []), resume=resume, overwrite=overwrite, progress=not as_json)
     losses = [entry[key] for key in ("train_loss", "loss") for entry in trained.log if key in entry]
-    result(
-        {"adapter": str(trained.path), "seconds": round(trained.seconds, 2), "loss": round(losses[-1], 4)},
-        as_json,
-    )
+    made = "model" if trained.adapter is None else "adapter"
+    result({made: str(trained.path), "seconds": round(trained.seconds, 2), "loss": round(losses[-1], 4)}, as_json)
 
 
 @command("evaluate")
