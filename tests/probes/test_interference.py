@@ -232,6 +232,20 @@ def test_masks_overlap_as_masks_do():
     assert ll.interference([adapters[0], longer]).mask_overlap[0][1] is None
 
 
+def test_experts_are_compared_one_by_one_and_their_masks_as_they_are_stored():
+    sizes = {"mlp[0/2]": (6, 5, 2), "mlp[1/2]": (6, 5, 2)}
+    adapters = []
+    for seed in range(2):
+        modules = random_adapter(seed, sizes).modules
+        part = modules["mlp[1/2]"]
+        adapters.append(Adapter({}, {**modules, "mlp[1/2]": replace(part, B=part.B * (part.B > 0))}))
+    found = ll.interference(adapters)
+    compare(found, adapters, list(sizes))
+    masks = [support(adapter) for adapter in adapters]
+    assert found.mask_overlap[0][1] == pytest.approx(masks[0].overlap(masks[1]))
+    assert found.modules["mlp[1/2]"].mask_overlap is None
+
+
 def test_kinds_are_told_and_what_cannot_be_compared_is_refused():
     a, b = random_adapter(0, SIZES), random_adapter(1, SIZES)
     for probe in (ll.interference, ll.geometry):
@@ -257,6 +271,11 @@ def test_kinds_are_told_and_what_cannot_be_compared_is_refused():
             probe(one_module(*kernels))
     with pytest.raises(ValueError, match="1 masks for 2 adapters"):
         ll.interference([a, b], masks=[None])
+    kept = {"layers.0.q": torch.ones(9, 2, dtype=torch.bool)}
+    with pytest.raises(AdapterMismatch, match=r"layers\.0\.q: the mask is of 9 x 2, adapter 1 of 2 has a B of 9 x 3"):
+        ll.interference([a, b], masks=[Mask.of(kept), None])
+    with pytest.raises(AdapterMismatch, match="fc: the mask is of 9 x 2, adapter 2 of 2 has no such module"):
+        ll.interference([a, b], masks=[None, Mask.of({"fc": kept["layers.0.q"]})])
     doras = [replace(each, config={**each.config, "use_dora": True}) for each in (a, b)]
     assert ll.interference(doras).kind == "dora" and ll.interference(doras).cosine == ll.interference([a, b]).cosine
 

@@ -154,8 +154,11 @@ def inside(core: Core, others: Sequence[Core]) -> float:
         >>> round(inside(a, [b]), 6), round(inside(b, [a]), 6)
         (4.0, 1.0)
     """
-    left = _span([other.left * (other.values / other.values[:1]) for other in others])
-    right = _span([other.right * (other.values / other.values[:1]) for other in others])
+    if len(others) == 1:
+        left, right = others[0].left, others[0].right
+    else:
+        left = _span([other.left * (other.values / other.values[:1]) for other in others])
+        right = _span([other.right * (other.values / other.values[:1]) for other in others])
     return float((left.T @ core.matrix @ right).square().sum())
 
 

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter
+from loraloom.adapter import Adapter, AdapterMismatch
+from loraloom.experts import as_stored
 from loraloom.masks import Mask, support
+from loraloom.ops.checks import which
 from loraloom.ops.overlap import angles_of, check_comparable, comparable_parts, joint_cores, signs_of, sums_of
 from loraloom.probes import probes
 
@@ -114,7 +116,7 @@ def interference(
 
     Raises:
         ValueError: fewer than two adapters, other numbers of masks, or factors that are not finite.
-        AdapterMismatch: kinds, base models or the sizes of a module differ.
+        AdapterMismatch: kinds, base models or the sizes of a module differ, or a mask is that of another adapter.
         UnsupportedKind: updates that are relative to base weights which their start has moved (PiSSA and the like).
 
     Example:
@@ -159,6 +161,9 @@ def _overlaps(adapters: Sequence[Adapter], masks: Sequence[Mask | None] | None) 
     Empty where every B is dense and no mask is given.
     """
     given = masks or [None] * len(adapters)
+    for at, (adapter, mask) in enumerate(zip(adapters, given, strict=True)):
+        if mask is not None:
+            _check_mask(mask, as_stored(adapter), which(at, adapters))
     held = [support(adapter) if mask is None else mask for adapter, mask in zip(adapters, given, strict=True)]
     if all(mask is None for mask in given) and all(mask.kept == mask.entries for mask in held):
         return {}
@@ -173,6 +178,15 @@ def _overlaps(adapters: Sequence[Adapter], masks: Sequence[Mask | None] | None) 
                     common[i, j] = int((one & other).sum()) if shapes[i] == shapes[j] else math.nan
         found[name] = common
     return found
+
+
+def _check_mask(mask: Mask, stored: Adapter, who: str) -> None:
+    """Refuse the mask of another adapter."""
+    for name, (out, rank) in mask.shapes.items():
+        shape = stored.shape(name) if name in stored.modules else None
+        if shape is None or (shape.out, shape.rank) != (out, rank):
+            there = "no such module" if shape is None else f"a B of {shape.out} x {shape.rank}"
+            raise AdapterMismatch(f"{name}: the mask is of {out} x {rank}, {who} has {there}")
 
 
 def _told(kind: str, sums: Mapping[str, Tensor], angles: Angles, overlap: Tensor | None) -> Interference:
