@@ -142,7 +142,8 @@ def option(name: str, kind: Any, info: Any, default: Any) -> list[str]:
     else:
         # In an annotation typer takes the first name for the default, as there is no other place for it.
         words = [*([info.default] if isinstance(info.default, str) else []), *(info.param_decls or ())]
-        shown = ", ".join(f"`{word}`" for word in words or [f"--{name.replace('_', '-')}"])
+        words = [side for word in words or [f"--{name.replace('_', '-')}"] for side in word.split("/")]
+        shown = ", ".join(f"`{word}`" for word in words)
     text = info.help or ""
     for choices in [kind, *get_args(kind)]:
         if isinstance(choices, type) and issubclass(choices, Enum):

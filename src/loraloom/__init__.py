@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from loraloom.probes.geometry import geometry
     from loraloom.probes.interference import interference
     from loraloom.probes.partial_modality import partial_modality
+    from loraloom.probes.shapley import shapley
+    from loraloom.probes.stability import stability
     from loraloom.recipe import Recipe
     from loraloom.recipe import read as read_recipe
     from loraloom.run import train
@@ -77,6 +79,8 @@ _HOME = {
     "geometry": "probes.geometry",
     "interference": "probes.interference",
     "partial_modality": "probes.partial_modality",
+    "shapley": "probes.shapley",
+    "stability": "probes.stability",
     "Recipe": "recipe",
     "train": "run",
     "read_recipe": "recipe:read",
@@ -139,6 +143,8 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "connectivity",
     "forgetting",
     "partial_modality",
+    "stability",
+    "shapley",
     "interference",
     "geometry",
     "summary",

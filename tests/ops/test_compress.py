@@ -135,6 +135,7 @@ def test_hira_keeps_one_rank():
         ({"budget": 10}, "smallest direction takes 120"),
         ({"rank": 1, "scores": {}}, "share out a budget"),
         ({"budget": "1x", "scores": {Q: -1.0}}, "at least 0"),
+        ({"budget": "1x", "scores": dict.fromkeys(SIZES, 0.0)}, "no module has both an update and a score above 0"),
     ],
 )
 def test_wrong_requests_are_refused(how, says):

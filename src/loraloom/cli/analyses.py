@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from loraloom.cli.shell import AsJson, Many, One, OtherBases, Overwrite, command, probe, result, table
+from loraloom.cli.shell import AsJson, Many, One, OtherBases, Overwrite, Seed, command, floats, probe, result, table
 
 Json = Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_default=False)]
 Model = Annotated[str, typer.Option(help="Base model; by default what the (first) adapter names.")]
 Split = Annotated[str, typer.Option(help="train, validation or test.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")]
+Unit = Annotated[str, typer.Option(help="layer, projection, module, tower, or a regular expression.")]
 Scope = StrEnum("Scope", ["model", "layer", "projection", "module"])
+By = StrEnum("By", ["auto", "multilinear", "permutations", "exact", "banzhaf", "leave-one-out"])
 
 
 @command("calibrate")
@@ -88,6 +90,70 @@ def partial_modality(
     options: dict[str, Any] = {"model": model, "split": split, "limit": limit}
     report = partial_modality_report(ll.load(adapter), read_task(task), modalities=told, name=adapter.name, **options)
     _show(report, out, as_json)
+
+
+@command("probe stability", on=probe)
+def stability(
+    adapter: One,
+    task: Annotated[str, typer.Option("--task", help="What to score.", show_default=False)],
+    out: Json,
+    at: Annotated[str, typer.Option("--at", help="Chances of a unit to be off, with commas.")] = "0.125,0.25,0.5,0.75",
+    draws: Annotated[int, typer.Option(min=2, help="For each chance.")] = 8,
+    unit: Unit = "layer",
+    pruning: Annotated[
+        bool, typer.Option("--pruning", help="Also prune those shares of units and of entries.")
+    ] = False,
+    seed: Seed = 0,
+    model: Model = "",
+    split: Split = "test",
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Scores of an adapter with units of it switched off at random, and pruned."""
+    import loraloom as ll
+    from loraloom.probing import stability_report
+    from loraloom.recipe import read_task
+
+    _refuse_taken(out, overwrite)
+    options: dict[str, Any] = {"at": floats("--at", at), "draws": draws, "unit": unit, "pruning": pruning, "seed": seed}
+    options |= {"name": adapter.name, "model": model, "split": split, "limit": limit}
+    _show(stability_report(ll.load(adapter), read_task(task), **options), out, as_json)
+
+
+@command("probe shapley", on=probe)
+def shapley(
+    adapters: Many,
+    task: Annotated[str, typer.Option("--task", help="What to score.", show_default=False)],
+    out: Json,
+    unit: Annotated[
+        str, typer.Option(help="layer, projection, module, tower, an expression; of several adapters: adapter.")
+    ] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Coalitions or orders to draw, at most.")] = 200,
+    by: Annotated[By, typer.Option(help="How to compute, or another value of the game.")] = By.auto,
+    error: Annotated[float | None, typer.Option(help="Stop once every standard error is at most this.")] = None,
+    truncate: Annotated[float, typer.Option(help="Of permutations: so near to the whole the rest adds nothing.")] = 0.0,
+    method: Annotated[str, typer.Option(help="How several adapters are merged.")] = "linear",
+    seed: Seed = 0,
+    model: Model = "",
+    split: Split = "test",
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """What each layer, projection, module or tower of an adapter is worth, or each of several adapters when merged."""
+    import loraloom as ll
+    from loraloom.probing import shapley_report
+    from loraloom.recipe import read_task
+
+    _refuse_taken(out, overwrite)
+    short = len({path.name for path in adapters}) == len(adapters)
+    opened = {path.name if short else str(path): ll.load(path) for path in adapters}
+    if len(opened) < len(adapters):
+        raise ValueError("the same adapter is given twice")
+    options: dict[str, Any] = {"samples": samples, "by": by.value, "error": error, "truncate": truncate, "seed": seed}
+    options |= {"merge": method, "model": model, "split": split, "limit": limit} | ({"unit": unit} if unit else {})
+    _show(shapley_report(opened, read_task(task), **options), out, as_json)
 
 
 @command("probe interference", on=probe)

@@ -132,7 +132,10 @@ def prune(
     modules: Annotated[str, typer.Option(help="Projections to keep, with commas: q_proj,v_proj.")] = "",
     density: Annotated[float | None, typer.Option(help="Share of units kept, in (0, 1].")] = None,
     unit: Annotated[Unit, typer.Option(help="What is kept or dropped: entries, singular directions, ...")] = Unit.entry,
-    by: Annotated[str, typer.Option(help="magnitude, random, or a JSON file of scores by unit.")] = "magnitude",
+    by: Annotated[
+        str,
+        typer.Option(help="magnitude, random, or a JSON file of scores by unit, such as `loraloom probe shapley`'s."),
+    ] = "magnitude",
     scope: Annotated[Scope, typer.Option(help="Over what the density holds.")] = Scope.model,
     pattern: Annotated[str, typer.Option(help="N:M, the N largest of every M entries of a row, such as 2:4.")] = "",
     space: Annotated[
@@ -145,6 +148,7 @@ def prune(
 ) -> None:
     """Drop layers, projections, singular directions or small entries of an adapter."""
     import loraloom as ll
+    from loraloom.probing import scores_in
 
     pruned = ll.prune(
         ll.load(adapter),
@@ -152,7 +156,7 @@ def prune(
         modules=modules or None,
         density=density,
         unit=unit.value,
-        by=read_json(Path(by), "scores by unit") if by.endswith(".json") else by,
+        by=scores_in(read_json(Path(by), "scores by unit"), by) if by.endswith(".json") else by,
         scope=scope.value,
         pattern=pattern or None,
         space=space.value,
@@ -169,19 +173,26 @@ def compress(
     rank: Rank = None,
     energy: Energy = None,
     budget: Budget = "",
-    scores: Annotated[Path | None, typer.Option(help="JSON file of scores by unit that weigh the budget.")] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file of scores by unit that weigh the budget, such as `loraloom probe shapley`'s (there those "
+            "below 0 count as 0)."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """The best adapter of lower rank, by SVD of the factors."""
     import loraloom as ll
+    from loraloom.probing import scores_in
 
     small = ll.compress(
         ll.load(adapter),
         rank=rank,
         energy=energy,
         budget=budget or None,
-        scores=read_json(scores, "scores by unit") if scores else None,
+        scores=scores_in(read_json(scores, "scores by unit"), str(scores), least=0.0) if scores else None,
     )
     saved(small, out, overwrite, as_json)
 

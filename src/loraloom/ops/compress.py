@@ -149,6 +149,8 @@ def _shared_out(adapter: Adapter, budget: float, scores: Mapping[str, float] | N
         factors = adapter.modules[name]
         sizes[name] = _size(factors)
         order += [(-worth[name] * s / sizes[name], at, name) for s in _squares(factors) if s * worth[name] > 0]
+    if not order:
+        raise ValueError("a budget has nothing to share out: no module has both an update and a score above 0")
     order.sort()
     ranks: dict[str, int] = {}
     left = budget
