@@ -16,7 +16,7 @@ from pathlib import Path
 from loraloom.registry import Registry
 
 models: Registry[[], Path] = Registry("model", __name__)
-"""Facts of each: ``family`` (as ``integrations.backbones.FAMILIES``, or speech), ``licence``, ``parameters``, ``package``."""
+"""Facts of each: ``family`` (that of a backbone, or speech), ``licence``, ``parameters``, ``size``, ``package``."""
 
 
 def resolve(name_or_path: str) -> str:
