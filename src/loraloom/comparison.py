@@ -68,9 +68,12 @@ def interference_report_of(found: Interference, names: Sequence[str]) -> Report:
     panels: list[Any] = [
         Heatmap("Cosine of the updates", "adapter", "adapter", tuple(names), tuple(names), found.cosine, note=note),
         Table(
-            f"Over all modules: {_pair(names, *pairs[0])}",
+            "The worst pair, over all modules",
             ("figure", "value", "meaning"),
-            tuple((figure, value, _MEANING[figure]) for figure, value in first.items()),
+            (
+                ("pair", _pair(names, *pairs[0]), "the two that interfere most"),
+                *((figure, value, _MEANING[figure]) for figure, value in first.items()),
+            ),
         ),
     ]
     if len(pairs) > 1:

@@ -44,10 +44,12 @@ def test_interference_writes_a_report_of_the_probe(place):
     ]
     worst = max(((i, j) for i in range(3) for j in range(i)), key=lambda pair: found.tsv[pair[0]][pair[1]])
     pair = " | ".join(sorted("abc"[at] for at in worst))
-    assert report.panels[1].title == f"Over all modules: {pair}" and pair in report.summary
+    assert pair in report.summary and pair in done.output
     told = {row[0]: row[1] for row in report.panels[1].rows}
-    assert told["interference"] == max(max(row) for row in found.tsv)
-    assert 0 < told["column angle"] < 90 and told["sign conflict"] == found.sign_conflict[worst[0]][worst[1]]
+    assert told["pair"] == pair and told["interference"] == max(max(row) for row in found.tsv)
+    assert told["sign conflict"] == found.sign_conflict[worst[0]][worst[1]]
+    angles = torch.tensor(found.angles.columns[worst[0]][worst[1]])
+    assert told["column angle"] == pytest.approx(float(angles.rad2deg().square().mean().sqrt()), rel=1e-5)
     layers = report.panels[3].rows
     assert [row[0] for row in layers] == ["layers.0", "layers.1"]
     at = report.panels[3].columns.index("interference")

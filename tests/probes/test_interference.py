@@ -111,14 +111,14 @@ def test_every_number_is_that_of_dense_matrices():
 
 def test_planted_angles_down_to_the_last_digits():
     """Column spaces turned against each other by known angles, row spaces the same."""
-    planted = torch.tensor([1e-9, 0.4, 1.5], dtype=torch.float64)
+    planted = torch.tensor([1e-9, 0.4, math.pi / 2 - 1e-9], dtype=torch.float64)
     basis = torch.linalg.qr(random_factors(0, 12, 12, 6).delta().double() + torch.eye(12)).Q[:, :6]
     first, away = basis[:, :3], basis[:, 3:]
     a = random_factors(1, 5, 5, 3).A
     turned = first * planted.cos() + away * planted.sin()
     mix = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -3.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
     found = ll.interference(one_module(Factors(B=first, A=a), Factors(B=turned @ mix, A=a)))
-    assert found.angles.columns[0][1] == pytest.approx(planted.tolist(), rel=1e-5, abs=1e-14)
+    assert found.angles.columns[0][1] == pytest.approx(planted.tolist(), rel=0, abs=1e-13)
     assert found.grassmann.columns[1][0] == pytest.approx(float(planted.norm()))
     assert max(found.angles.rows[0][1]) < 1e-14
     assert found.grassmann.columns[0][0] == 0.0 and found.angles.columns[0][0] == ()
@@ -188,6 +188,9 @@ def test_an_adapter_without_the_module_or_with_a_zero_update():
     assert alone.angles.columns[0][1] == () and alone.grassmann.columns[0][1] is None
     assert alone.sign_conflict[0][1] is None and alone.tsv[0][1] == 0.0
     assert alone.core == ((pytest.approx(1.0), 0.0), (None, None)) and alone.core_rest == (0.0, None)
+    three = ll.interference([b, a, Adapter(b.config, {"layers.1.q": a.modules["layers.1.q"]})])
+    assert three.modules["layers.0.v"].core_rest == (None, 0.0, None)  # nothing else is there
+    assert three.modules["layers.1.q"].core_rest == (None, pytest.approx(1.0), pytest.approx(1.0))
     zero = random_factors(0, 4, 4, 2)
     both = ll.interference(one_module(*[replace(zero, B=torch.zeros_like(zero.B))] * 2))
     assert both.tsv[0][1] is None and both.cosine == ((0.0, 0.0), (0.0, 0.0)) and both.core[0] == (None, None)
