@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import loraloom as ll
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.probes import probes
-from loraloom.probes.attribution import averaged, banzhaf, banzhaf_weight, exact, multilinear, permutations
+from loraloom.probes.attribution import averaged, banzhaf, banzhaf_weight, exact, multilinear, permutations, stratified
 from loraloom.probes.game import Game, uniforms
 from loraloom.probes.shapley import Shapley
 from loraloom.probing import scores_in, shapley_report, shapley_report_of
@@ -141,6 +141,37 @@ def test_blocks_are_without_bias_and_their_errors_honest(draw):
     scores = (values - truth) / errors
     assert np.abs(scores.mean(axis=0)).max() < 4 / math.sqrt(len(runs)) * 1.2
     assert scores.std(axis=0) == pytest.approx(1, abs=0.25)
+
+
+def test_p_is_uniform_in_each_part_and_coalitions_are_in_antithetic_pairs():
+    n = 4000
+    drawn = [stratified(n, 3, block) for block in range(40)]
+    shares = np.array([[len(on) / n for on in block] for block in drawn])
+    within = 8 * shares[:, ::2] - np.arange(4)  # where each p lies in its part, but for sqrt(p (1 - p) / n) of 8
+    assert within.min() > -0.2 and within.max() < 1.2
+    assert within.mean(axis=0) == pytest.approx(0.5, abs=4 * (1 / 12 / 40) ** 0.5)
+    assert within.std(axis=0) == pytest.approx(12**-0.5, abs=0.1)
+    assert np.abs(np.corrcoef(within.T) - np.eye(4)).max() < 4 / 40**0.5  # each part has a p of its own
+    assert all(block[2 * j] | block[2 * j + 1] == frozenset(range(n)) for block in drawn for j in range(4))
+    assert shares[:, ::2] + shares[:, 1::2] == pytest.approx(1)
+    members = np.array([[i in on for i in range(n)] for on in (block[6] for block in drawn)])
+    assert np.abs(members.mean(axis=0) - shares[:, 6].mean()).max() < 6 * (0.25 / 40) ** 0.5  # nobody is preferred
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    found = averaged(lambda block: [float(block), 1.0 - block], 3)
+    assert found.values == (1.0, 0.0) and found.stderr == pytest.approx((3**-0.5,) * 2)
+    assert found.sum_stderr == pytest.approx(0) and found.blocks == 3
+
+
+def test_auto_is_exact_where_that_asks_no_more():
+    for n, samples, by in (
+        (12, 342, "exact"),
+        (12, 341, "multilinear"),
+        (13, 400, "multilinear"),
+        (3, 2, "multilinear"),
+    ):
+        assert ll.shapley(layers(n), Asked(len), samples=samples, by="auto").by == by
 
 
 def test_stratified_and_antithetic_draws_have_smaller_errors_than_plain_ones():

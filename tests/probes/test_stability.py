@@ -62,6 +62,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.92 <= np.mean(covered) <= 0.99  # of normal quantiles with 8 draws 0.90 would
 
 
+def test_the_interval_of_two_draws_is_students():
+    """t of one degree of freedom: 12.706 times half the distance of the two."""
+    a = adapter(8, "q")
+    found = ll.stability(a, Share(a), at=[0.5], draws=2)
+    (x, y), half = found.scores[0], (found.high[0] - found.low[0]) / 2
+    assert x != y and half == pytest.approx(12.7062 * abs(x - y) / 2, rel=1e-4)
+
+
 def test_units_are_switched_whole_and_sets_nest_along_the_grid():
     a = adapter()
     score = Share(a)
