@@ -17,11 +17,11 @@ from loraloom.report import Curve, Heatmap, Report, Series, Table
 from loraloom.strategies.units import group
 
 _MEANING = {
+    "interference": "of the singular vectors: 0 orthogonal, 1 the same update twice",
     "cosine": "1 the same direction, 0 none in common, -1 opposite",
     "distance": "norm of the difference of the updates",
     "column angle": "degrees, root mean square of the principal angles of the column spaces; 90 is orthogonal",
     "row angle": "the same of the row spaces",
-    "interference": "of the singular vectors: 0 orthogonal, 1 the same update twice",
     "core, first in second": "share of the first update's energy that lies in the core of the second",
     "core, second in first": "the other way round",
     "sign conflict": "share of entries with unlike signs; unrelated updates have about 0.5",
@@ -106,11 +106,11 @@ def _figures(found: Interference, i: int, j: int) -> dict[str, float | None]:
         return None if distance is None else math.degrees(distance / math.sqrt(len(angles)))
 
     told = {
+        "interference": found.tsv[i][j],
         "cosine": found.cosine[i][j],
         "distance": found.distance[i][j],
         "column angle": degrees(found.grassmann.columns[i][j], found.angles.columns[i][j]),
         "row angle": degrees(found.grassmann.rows[i][j], found.angles.rows[i][j]),
-        "interference": found.tsv[i][j],
         "core, first in second": found.core[i][j],
         "core, second in first": found.core[j][i],
     }

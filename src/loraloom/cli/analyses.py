@@ -163,6 +163,9 @@ def interference(
     entries: Annotated[
         bool, typer.Option("--entries/--no-entries", help="Compare signs, entry by entry: nearly all of the time.")
     ] = True,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Changes nothing, as nothing is scored; all probes may have one.")
+    ] = None,
     allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
