@@ -34,7 +34,7 @@ WRONG = {
     "seed below 0": ({"seed": -1}, "seed"),
     "two masks": ({"lori": {"mask": "m", "calibrate": {}}}, "lori: mask and calibrate are two ways to the mask"),
     "protect without lori": ({"protect": ["x"]}, "protect goes with lori"),
-    "lori on hira": ({"lori": {}, "adapter": {"kind": "hira"}}, "HiRA has no A and B"),
+    "lori on hira": ({"lori": {}, "adapter": {"kind": "hira"}}, "not hira"),
     "rank of the adapter continued": ({"continue_from": "a", "adapter": {"rank": 4}}, "adapter.rank: the adapter of"),
     "a density of 0": ({"lori": {"calibrate": {"density": 0}}}, "lori.calibrate.density"),
     "a key of calibrate": (
