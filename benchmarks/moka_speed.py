@@ -1,14 +1,14 @@
 """What MokA costs: forward and training-step time beside PEFT's plain LoRA of equal rank, on the same model and tokens.
 
     python benchmarks/moka_speed.py                  # three minutes on 2 cores; results/moka_speed.{json,md}
-    python benchmarks/moka_speed.py --dtypes float32,bfloat16   # where the processor has bfloat16; else it takes very long
+    python benchmarks/moka_speed.py --dtypes float32,bfloat16    # where the processor has bfloat16; else it takes long
     python benchmarks/moka_speed.py --device cuda --out FOLDER
 
 A Llama-like language model (hidden 512, 12 layers) in LLaVA with a tiny vision tower; 4 rows of 128 tokens, 64 of them
 image (with two modalities besides text: 32 and 32). All linear layers of the language model, r = 4, no dropout.
-Variants take turns in one process, in 15 rounds (7 for other types than float32). Figures are medians over rounds of the
-ratio to LoRA in the same round, with the first and third quartile, of wall time and of CPU time (which other work on
-the machine disturbs less).
+Variants take turns in one process, in 15 rounds (7 for other types than float32). Figures are medians over rounds of
+the ratio to LoRA in the same round, with the first and third quartile, of wall time and of CPU time (which other work
+on the machine disturbs less).
 """
 
 from __future__ import annotations
