@@ -56,14 +56,11 @@ def bench(of: str, work: Path) -> Any:
     return _benches[of]
 
 
-def projector(job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Stage one; then what the model does without adapters."""
-    of, out = job["set"], work / f"{job['set']}-base"
-    torch.set_num_threads(1)
-    seconds = None
+def stage_one(of: str, work: Path) -> None:
+    """The model with its trained projector, unless it is there; a later call on another machine makes it again."""
+    out = work / f"{of}-base"
     if not out.exists():
-        seconds = ll.train(read(RECIPES / f"{of}-projector.yaml", [f"output={out}"]), overwrite=True).seconds
-    return {"seconds": seconds, "test": measured(of, None, "test", work)}
+        ll.train(read(RECIPES / f"{of}-projector.yaml", [f"output={out}"]), overwrite=True)
 
 
 def measured(of: str, adapter: Any, split: str, work: Path) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def measured(of: str, adapter: Any, split: str, work: Path) -> dict[str, Any]:
 def run(job: dict[str, Any], work: Path) -> dict[str, Any]:
     """One job of the list, with its result."""
     if job["kind"] == "projector":
-        return {**job, **projector(job, work)}
+        return {**job, "test": measured(job["set"], None, "test", work)}
     of, rate = job["set"], job["rate"]
     out = work / "-".join(str(part) for part in job.values()).replace(" ", "_").replace(",", "")
     more = [f"seed={job['seed']}", f"train.learning_rate={rate}", f"output={out}", f"model={work / f'{of}-base'}"]
@@ -122,6 +119,7 @@ def main() -> None:
 
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
         for of in chosen.sets:
+            pool.submit(stage_one, of, chosen.work).result()
             go([{"kind": "projector", "set": of}])
             plain = {"kind": "run", "set": of, "method": "LoRA", "seed": 0}
             tried = go([{**plain, "rate": rate} for rate in RATES[of]])
@@ -151,14 +149,19 @@ def page(done: list[dict[str, Any]]) -> str:
         tried = {one["rate"] for one in runs}
         rate = statistics.mode(one["rate"] for one in runs)
         runs = [one for one in runs if one["rate"] == rate]
+        ran = {(one["seed"], one["method"]) for one in runs}
+        seeds = [seed for seed in SEEDS if all((seed, method) in ran for method in METHODS)]
+        runs = [one for one in runs if one["seed"] in seeds]  # whole ones only
+        if not runs:
+            continue
         rates = ", ".join(f"{one:g}" for one in sorted(tried))
         recipe = read(RECIPES / f"{of}-moka.yaml")
         lines += [
             f"## {recipe.task}: {read(RECIPES / f'{of}-projector.yaml').model}",
             "",
             f"{recipe.train.steps} steps of {recipe.train.batch_size}, rate {rate:g} of {rates}, rank "
-            f"{recipe.adapter.rank}, {len(base['test']['right'])} test examples; after stage one alone "
-            f"{base['test']['accuracy']:.3f} (log-likelihood {base['test']['log_likelihood']:.3f}).",
+            f"{recipe.adapter.rank}, {len(seeds)} seeds, {len(base['test']['right'])} test examples; after stage one "
+            f"alone {base['test']['accuracy']:.3f} (log-likelihood {base['test']['log_likelihood']:.3f}).",
             "",
             "| method | adapter entries | accuracy | minus LoRA | log-likelihood of the right answer | seconds |",
             "|---|--:|--:|--:|--:|--:|",
