@@ -198,7 +198,7 @@ def check_laws(name: str) -> Task:
     seen: dict[str, str] = {}
     groups: dict[str, str] = {}
     for part in PARTS:
-        assert len(task.splits[part]) >= 25
+        assert len(task.splits[part]) >= 50
         for example in task.splits[part]:
             assert key(example) not in seen
             seen[key(example)] = part

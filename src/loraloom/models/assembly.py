@@ -10,6 +10,7 @@ from typing import Any
 from loraloom.models import write_json
 from loraloom.packages import cached
 
+PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that stand for nothing here
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 from loraloom.models import models
-from loraloom.models.assembly import assembled
+from loraloom.models.assembly import PLACEHOLDER, PLACEHOLDER_ID, assembled
 from loraloom.models.smollm2 import PACKAGE as TEXT
 from loraloom.models.smollm2 import smollm2_135m
 from loraloom.models.whisper_tiny import PACKAGE as SPEECH
 from loraloom.models.whisper_tiny import whisper_tiny_en
 
 SECONDS = 2
-PLACEHOLDER, PLACEHOLDER_ID = "<filename>", 6  # one of SmolLM2's tokens that stand for nothing here
 
 
 @models.register(

@@ -45,15 +45,8 @@ def easy_vqa() -> Rows:
         for question, answer in pairs
     ]
     answers = ("yes", "no", *VALUES["shape"], *VALUES["colour"])
-    rows = [
-        Row(
-            f"{hashlib.sha256(images[part][i]).hexdigest()} {question}",
-            answer,
-            group=f"easy-vqa {part} {i}",
-            part="test" if part == "test" else "",
-        )
-        for part, i, question, answer in asked
-    ]
+    digests = {part: [hashlib.sha256(picture).hexdigest() for picture in held] for part, held in images.items()}
+    rows = [_row(part, i, f"{digests[part][i]} {question}", answer) for part, i, question, answer in asked]
 
     def make(k: int) -> Example:
         part, i, question, answer = asked[k]
@@ -73,15 +66,7 @@ def easy_vqa_caption() -> Rows:
         for i, (colour, shape) in enumerate(zip(told[part]["colour"], told[part]["shape"], strict=True))
         if colour and shape
     ]
-    rows = [
-        Row(
-            hashlib.sha256(images[part][i]).hexdigest(),
-            caption,
-            group=f"easy-vqa {part} {i}",
-            part="test" if part == "test" else "",
-        )
-        for part, i, caption in found
-    ]
+    rows = [_row(part, i, hashlib.sha256(images[part][i]).hexdigest(), caption) for part, i, caption in found]
 
     def make(k: int) -> Example:
         part, i, caption = found[k]
@@ -134,21 +119,18 @@ def _rows(kind: str) -> Rows:
     images, told = _stored()
     values = VALUES[kind]
     where = [(part, i) for part in images for i, value in enumerate(told[part][kind]) if value is not None]
-    rows = [
-        Row(
-            hashlib.sha256(images[part][i]).hexdigest(),
-            told[part][kind][i],
-            group=f"easy-vqa {part} {i}",
-            part="test" if part == "test" else "",
-        )
-        for part, i in where
-    ]
+    rows = [_row(part, i, hashlib.sha256(images[part][i]).hexdigest(), told[part][kind][i]) for part, i in where]
 
     def make(k: int) -> Example:
         part, i = where[k]
         return Example(images[part][i], values, values.index(told[part][kind][i]), rows[k].group)
 
     return Rows(rows, make, values)
+
+
+def _row(part: str, i: int, content: str, answer: str) -> Row:
+    """A row about picture i of a part: all that is asked of it stays together."""
+    return Row(content, answer, group=f"easy-vqa {part} {i}", part="test" if part == "test" else "")
 
 
 def _stored() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
