@@ -7,18 +7,24 @@ each file of the folder, written last and at once: a folder without a seal, or o
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from loraloom.packages import file_digest
 
 SEAL = "complete.json"
+_FULL = ("No space left on device", "File too large", "PytorchStreamWriter failed", "unexpected pos ")
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -130,6 +136,72 @@ class SafeCheckpoints(TrainerCallback):
             spare = [folder for folder in sealed if folder not in protected]
             for folder in spare[: max(len(sealed) - max(self._keep, len(protected)), 0)]:
                 _remove(folder)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends a run of an HF Trainer after the step that is under way, with a checkpoint; a second one, at once.
+
+    For runs of one process: of several, the others would wait for the one that stopped, and Ctrl-C ends all of them.
+
+    Example:
+        stop = StopOnInterrupt()
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[stop, SafeCheckpoints()])
+        with stop.listening():  # KeyboardInterrupt at the end if Ctrl-C came
+            trainer.train()
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take Ctrl-C as a wish to stop while the block runs.
+
+        Raises:
+            KeyboardInterrupt: at the end of the block, if there was one.
+        """
+        from accelerate import PartialState
+
+        alone = PartialState().num_processes == 1
+        if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        try:
+            signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # another thread than the main one: signals do not come here
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop if that was asked for."""
+        if self._asked:
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def disk_faults_told(output: str | Path) -> Iterator[None]:
+    """Torch and safetensors tell of a full disk by errors of their own; here it is an OSError as everywhere.
+
+    Raises:
+        OSError: nothing more could be written to ``output``.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL):
+            raise
+        told = "no space left to write a checkpoint; free some and go on with --resume (resume=True)"
+        raise OSError(errno.ENOSPC, told, str(output)) from error
 
 
 def _checkpoints(output: str | Path) -> list[Path]:
