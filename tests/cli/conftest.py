@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from loraloom.cli import app
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
 
 class CommandLine:
-    """``loraloom`` as a user types it, in a folder of its own."""
+    """``loraloom`` as a user types it, in a folder of its own: in this process, or where that is the point in another."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,10 +35,18 @@ class CommandLine:
             text=True,
         )
 
-    def __call__(self, *words: str) -> subprocess.CompletedProcess:
+    def process(self, *words: str) -> subprocess.CompletedProcess:
         process = self.start(*words)
         out, err = process.communicate(timeout=240)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess:
+        environment = {"COLUMNS": "160", "NO_COLOR": "1"}
+        with contextlib.chdir(self.folder), mock.patch.object(sys, "argv", ["loraloom", *words]):
+            done = CliRunner(env=environment).invoke(app, list(words), prog_name="loraloom")
+        faults = "" if done.exception is None else "".join(traceback.format_exception(done.exception))
+        err = done.stderr if isinstance(done.exception, SystemExit | None) else done.stderr + faults
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, err)
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,9 @@ def dense(adapter: ll.Adapter) -> dict[str, torch.Tensor]:
 
 
 def test_version_and_help_need_no_framework(loraloom):
-    done = loraloom("--version")
+    done = loraloom.process("--version")
     assert (done.returncode, done.stdout.strip()) == (0, ll.__version__)
-    assert "merge" in loraloom("--help").stdout
+    assert "merge" in loraloom.process("--help").stdout
 
 
 def test_a_recipe_becomes_an_adapter_that_is_scored(loraloom, world):
@@ -153,7 +153,7 @@ def test_a_wrong_request_is_one_line_and_status_2(run, world, words, named):
 
 
 def test_a_wrong_request_in_a_real_process(loraloom):
-    done = loraloom("merge", "a", "nowhere", "-o", "x")
+    done = loraloom.process("merge", "a", "nowhere", "-o", "x")
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().split("\n")) == 1
