@@ -28,6 +28,7 @@ LEVELS = {
     "loraloom.folders": 0,
     "loraloom.safefile": 0,
     "loraloom.stream": 0,
+    "loraloom.fused": 0,
     "loraloom.experts": 1,
     "loraloom.modalities": 1,
     "loraloom.layout": 1,
@@ -50,9 +51,9 @@ LEVELS = {
     "loraloom.recipe": 4,
     "loraloom.calibration": 4,
     "loraloom.probing": 4,
-    "loraloom.comparison": 4,
     "loraloom.run": 4,
     "loraloom.demo": 4,
+    "loraloom.sweep": 4,
     "loraloom.cli": 5,
 }
 # Sideways imports at the same level: (importer, imported), each a prefix, with the reason.
@@ -74,6 +75,8 @@ ALLOWED = {
     ("loraloom.calibration", "loraloom.recipe"): "a recipe, run",
     ("loraloom.demo", "loraloom.recipe"): "the demo is a few recipes, run",
     ("loraloom.demo", "loraloom.run"): "the demo is a few recipes, run",
+    ("loraloom.sweep", "loraloom.recipe"): "a sweep is many recipes, run",
+    ("loraloom.sweep", "loraloom.run"): "a sweep is many recipes, run",
     ("loraloom.__main__", "loraloom.cli"): "python -m loraloom",
 }
 FACTS_OF_THE_FACADE = {"__version__"}  # what anybody may import from `loraloom` itself

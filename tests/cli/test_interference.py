@@ -62,7 +62,7 @@ def test_interference_writes_a_report_of_the_probe(place):
 def test_json_two_adapters_of_one_name_and_no_entries(place):
     (place / "other").mkdir()
     (place / "a").rename(place / "other" / "b")
-    done = run("interference", "b", "other/b", "--task", "digits", "-o", "i.json", "--no-entries", "--json")
+    done = run("interference", "b", "other/b", "-o", "i.json", "--no-entries", "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
     assert told["sign_conflict"] is None and len(told["modules"]) == 4

@@ -92,6 +92,14 @@ def test_modules_and_merged_adapters_are_players_too(run, tmp_path, world, score
     assert same.whole == score(ll.merge([a, b], "ties"))
 
 
+def test_a_probe_that_scores_needs_a_task_and_one_that_need_not_does_not(run, world):
+    done = run("probe", "stability", "a", "-o", "x.json")
+    assert done.exit_code == 2 and "Missing option '--task'" in done.stderr
+    assert "--task" not in run("probe", "geometry", "--help").stdout
+    shown = run("probe", "shapley", "--help").stdout
+    assert "[required]" in next(line for line in shown.splitlines() if "--task" in line)
+
+
 def test_wrong_probes_are_one_line(run, world):
     task = [*TASK, "-o", "x.json"]
     for words, said in (
@@ -109,3 +117,13 @@ def test_wrong_probes_are_one_line(run, world):
         done = run("probe", *words)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), (words, done.output, done.exception)
         assert said in done.stderr and not (world / "x.json").exists()
+
+
+def test_interference_tells_what_averaging_costs_where_tasks_are_named(run, tmp_path, world, score):
+    done = run("probe", "interference", "a", "b", *TASK, "-o", str(tmp_path / "i.json"), "--no-entries")
+    assert done.exit_code == 0, done.output
+    made = json.loads((tmp_path / "i.json").read_text())
+    a, b = ll.load(world / "a"), ll.load(world / "b")
+    expected = [score(one) for one in (None, a, b, ll.merge([a, b]))]
+    assert made["records"][1] == {"adapters": ["base", "a", "b", "average of all"], "scores": {"digits": expected}}
+    assert [row[1] for row in made["panels"][2]["rows"]] == expected and len(set(expected)) > 1

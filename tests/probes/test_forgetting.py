@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraloom.adapter import Adapter
 from loraloom.probes.forgetting import forgetting
-from loraloom.probing import report_of
+from loraloom.probing import forgetting_report_of
 from loraloom.report import Report
 
 
@@ -36,15 +36,15 @@ def test_the_summaries_are_their_definitions(count, seed):
     else:
         assert found.backward == pytest.approx(np.mean([r[-1, j] - r[j, j] for j in range(count - 1)]))
         assert found.forward == pytest.approx(np.mean([r[j - 1, j] - base[j] for j in range(1, count)]))
-    report = report_of(found, [f"p{i}" for i in range(count)])
+    report = forgetting_report_of(found, [f"p{i}" for i in range(count)])
     assert Report.from_json(report.to_json()) == report and report.records[0] == found.to_json()
 
 
 def test_what_is_lost_most_is_said():
     found = forgetting(*made(np.array([[0.5, 0.5], [0.9, 0.5], [0.6, 0.8]])))
-    assert "most is lost on t0 (-0.300)" in report_of(found, ["a", "b"]).summary
+    assert "most is lost on t0 (-0.300)" in forgetting_report_of(found, ["a", "b"]).summary
     kept = forgetting(*made(np.array([[0.5, 0.5], [0.9, 0.5], [0.9, 0.8]])))
-    assert "no task lost anything" in report_of(kept, ["a", "b"]).summary
+    assert "no task lost anything" in forgetting_report_of(kept, ["a", "b"]).summary
 
 
 def test_refusals():

@@ -17,7 +17,7 @@ from loraloom.integrations import statistics
 from loraloom.integrations.peft import attached, from_model
 from loraloom.modalities import as_moka, own_plan, restricted
 from loraloom.probes.partial_modality import PartialModality
-from loraloom.probing import partial_modality_report, partial_report_of
+from loraloom.probing import partial_modality_report, partial_modality_report_of
 from loraloom.report import Report
 from loraloom.strategies.modality import MokA
 from tiny_multimodal import IMAGE, image_batch, lively, tiny_llava
@@ -124,14 +124,14 @@ def test_refusals(moka, lora):
 
 
 def test_the_report_tells_shares_of_the_gain():
-    report = partial_report_of(PartialModality(("text", "image"), (0.8, 0.35), 0.9, 0.4), "mine", "vqa")
+    report = partial_modality_report_of(PartialModality(("text", "image"), (0.8, 0.35), 0.9, 0.4), "mine", "vqa")
     assert report.summary.endswith("keeps, on for one modality alone, 80 % for text, -10 % for image.")
     bars, table = report.panels
     assert (bars.categories, bars.series[0].y) == (("none", "text alone", "image alone", "all"), (0.4, 0.8, 0.35, 0.9))
     assert [row[0] for row in table.rows] == ["text", "image"]
     assert [row[1] for row in table.rows] == pytest.approx([0.8, -0.1])
     assert Report.from_json(report.to_json()) == report
-    worse = partial_report_of(PartialModality(("text", "image"), (0.4, 0.4), 0.3, 0.4), "mine", "vqa")
+    worse = partial_modality_report_of(PartialModality(("text", "image"), (0.4, 0.4), 0.3, 0.4), "mine", "vqa")
     assert "gains nothing over the base (-0.100)" in worse.summary
     assert worse.panels[1].rows[0] == ("text", None, 0.4)
 

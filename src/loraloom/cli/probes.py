@@ -1,0 +1,220 @@
+"""Probes as commands. What they all take is said once: a probe's function has its own options and gives a report."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraloom.cli.shell import AsJson, Many, One, OtherBases, Overwrite, Seed, command, floats, probe, result, table
+
+Task = Annotated[str, typer.Option("--task", help="What to score.", show_default=False)]
+Out = Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_default=False)]
+Model = Annotated[str, typer.Option(help="Base model; by default what the (first) adapter names.")]
+Split = Annotated[str, typer.Option(help="train, validation or test.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")]
+Unit = Annotated[str, typer.Option(help="layer, projection, module, tower, or a regular expression.")]
+By = StrEnum("By", ["auto", "multilinear", "permutations", "exact", "banzhaf", "leave-one-out"])
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What every probe is asked with; those that score nothing have no task, model, split and limit."""
+
+    out: Out
+    task: Task = ""
+    model: Model = ""
+    split: Split = "test"
+    limit: Limit = None
+    overwrite: Overwrite = False
+    as_json: AsJson = False
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """Model, split and limit by name, as the functions of ``loraloom.probing`` take them."""
+        return {"model": self.model, "split": self.split, "limit": self.limit}
+
+    @property
+    def read_task(self) -> Any:
+        """The task, or the description of a data set."""
+        from loraloom.recipe import read_task
+
+        return read_task(self.task)
+
+
+def asks(name: str, *, scores: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a probe's command: a function of an :class:`Ask` and of options of its own that returns a report.
+
+    An option of its own goes before one of the same name in :class:`Ask`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+        taken = {one.name for one in own} | ({"task", "model", "split", "limit"} if not scores else set())
+        shared = [one for one in inspect.signature(Ask, eval_str=True).parameters.values() if one.name not in taken]
+        asked = [one.replace(default=one.empty) if one.name in ("task", "out") else one for one in shared]
+        options = [one.replace(kind=one.KEYWORD_ONLY) for one in (*own, *asked)]
+        options.sort(key=lambda one: one.default is not one.empty)  # what must be given comes first
+
+        def run(**given: Any) -> None:
+            ask = Ask(**{one.name: given.pop(one.name) for one in shared})
+            if ask.out.is_dir() or (ask.out.exists() and not ask.overwrite):
+                raise FileExistsError(f"{ask.out} exists; give another path or --overwrite")
+            _show(function(ask, **given), ask)
+
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in options}
+        run.__doc__ = function.__doc__
+        command(f"probe {name}", on=probe)(run)
+        return function
+
+    return decorate
+
+
+@asks("forgetting")
+def forgetting(
+    ask: Ask,
+    adapters: Many,
+    task: Annotated[list[str], typer.Option("--task", help="The task of each phase, in order.", show_default=False)],
+) -> Any:
+    """Scores of every task after every phase of continual learning: ACC, BWT, FWT."""
+    import loraloom as ll
+    from loraloom.probing import forgetting_report
+    from loraloom.recipe import read_task
+
+    phases, tasks = [ll.load(path) for path in adapters], [read_task(one) for one in task]
+    return forgetting_report(phases, tasks, names=[path.name for path in adapters], **ask.scored)
+
+
+@asks("partial-modality")
+def partial_modality(
+    ask: Ask,
+    adapter: One,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="Of a LoRA: a name and a number from 1 on, image=1. May be repeated.")
+    ] = None,
+) -> Any:
+    """Scores of an adapter that is on for the tokens of one modality alone: text, image, audio."""
+    import loraloom as ll
+    from loraloom.probing import partial_modality_report
+
+    told = _numbers(modality) if modality else None
+    return partial_modality_report(ll.load(adapter), ask.read_task, modalities=told, name=adapter.name, **ask.scored)
+
+
+@asks("stability")
+def stability(
+    ask: Ask,
+    adapter: One,
+    at: Annotated[str, typer.Option("--at", help="Chances of a unit to be off, with commas.")] = "0.125,0.25,0.5,0.75",
+    draws: Annotated[int, typer.Option(min=2, help="For each chance.")] = 8,
+    unit: Unit = "layer",
+    pruning: Annotated[
+        bool, typer.Option("--pruning", help="Also prune those shares of units and of entries.")
+    ] = False,
+    seed: Seed = 0,
+) -> Any:
+    """Scores of an adapter with units of it switched off at random, and pruned."""
+    import loraloom as ll
+    from loraloom.probing import stability_report
+
+    options: dict[str, Any] = {"at": floats("--at", at), "draws": draws, "unit": unit, "pruning": pruning, "seed": seed}
+    return stability_report(ll.load(adapter), ask.read_task, name=adapter.name, **options, **ask.scored)
+
+
+@asks("shapley")
+def shapley(
+    ask: Ask,
+    adapters: Many,
+    unit: Annotated[
+        str, typer.Option(help="layer, projection, module, tower, an expression; of several adapters: adapter.")
+    ] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Coalitions or orders to draw, at most.")] = 200,
+    by: Annotated[By, typer.Option(help="How to compute, or another value of the game.")] = By.auto,
+    error: Annotated[float | None, typer.Option(help="Stop once every standard error is at most this.")] = None,
+    truncate: Annotated[float, typer.Option(help="Of permutations: so near to the whole the rest adds nothing.")] = 0.0,
+    method: Annotated[str, typer.Option(help="How several adapters are merged.")] = "linear",
+    seed: Seed = 0,
+) -> Any:
+    """What each layer, projection, module or tower of an adapter is worth, or each of several adapters when merged."""
+    import loraloom as ll
+    from loraloom.probing import shapley_report
+
+    short = len({path.name for path in adapters}) == len(adapters)
+    opened = {path.name if short else str(path): ll.load(path) for path in adapters}
+    if len(opened) < len(adapters):
+        raise ValueError("the same adapter is given twice")
+    options: dict[str, Any] = {"samples": samples, "by": by.value, "error": error, "truncate": truncate, "seed": seed}
+    options |= {"merge": method} | ({"unit": unit} if unit else {})
+    return shapley_report(opened, ask.read_task, **options, **ask.scored)
+
+
+@asks("interference")
+def interference(
+    ask: Ask,
+    adapters: Many,
+    entries: Annotated[
+        bool, typer.Option("--entries/--no-entries", help="Compare signs, entry by entry: nearly all of the time.")
+    ] = True,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="Also score the adapters and their average on it. May be repeated."),
+    ] = None,
+    allow_different_bases: OtherBases = False,
+) -> Any:
+    """How adapters lie to each other: cosines, angles, signs, singular vectors, masks. Needs no model but for --task.
+
+    The masks of LoRI adapters are those in their folders, else the entries of B that are not 0.
+    """
+    import loraloom as ll
+    from loraloom.masks import MASK
+    from loraloom.probing import interference_report
+    from loraloom.recipe import read_task
+
+    masks = [ll.load_mask(path) if (path / MASK).is_file() else None for path in adapters]
+    opened, names = [ll.load(path) for path in adapters], [path.name for path in adapters]
+    options: dict[str, Any] = {"entries": entries, "masks": masks, "same_base": not allow_different_bases}
+    return interference_report(opened, names, tasks=[read_task(one) for one in task or ()], **options, **ask.scored)
+
+
+@asks("geometry", scores=False)
+def geometry(ask: Ask, adapters: Many, allow_different_bases: OtherBases = False) -> Any:
+    """Where many adapters lie: cosines, distances, principal axes. No model or task is needed."""
+    import loraloom as ll
+    from loraloom.probing import geometry_report
+
+    opened, names = [ll.load(path) for path in adapters], [path.name for path in adapters]
+    return geometry_report(opened, names, same_base=not allow_different_bases)
+
+
+def _numbers(given: list[str]) -> dict[str, int]:
+    """Numbers by name, of ``image=1``."""
+    found = {}
+    for one in given:
+        name, _, number = one.partition("=")
+        if not number.isdigit() or not name or name in found:
+            raise ValueError(f"--modality {one!r}: expected a name and a number, such as image=1, once each")
+        found[name] = int(number)
+    return found
+
+
+def _show(report: Any, ask: Ask) -> None:
+    """Write a report, and print its first panel as a table and its second as one line."""
+    from loraloom.report import replace_file
+    from loraloom.report.grid import grid
+
+    ask.out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(ask.out, json.dumps(report.to_json(), indent=1) + "\n")
+    if ask.as_json:
+        print(json.dumps(report.records[0]))
+        return
+    first, second, *_ = report.panels
+    head, rows = grid(first)
+    table(first.title, [dict(zip(head, row, strict=True)) for row in rows], as_json=False)
+    result({str(row[0]): row[1] for row in grid(second)[1]} | {"report": str(ask.out)}, as_json=False)
