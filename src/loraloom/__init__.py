@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraloom.checkpoint import base_weights
     from loraloom.extraction import extract
     from loraloom.folding import fold
+    from loraloom.integrations.balance import BalanceCallback, BalanceMeter
     from loraloom.integrations.peft import attach
     from loraloom.integrations.scoring import Evaluation, bench, evaluate, score
     from loraloom.integrations.soup import learn_weights
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
     from loraloom.ops.prune import prune
     from loraloom.ops.search import search
     from loraloom.overview import cosines, summary
+    from loraloom.probes.balance import balance
     from loraloom.probes.connectivity import connectivity
     from loraloom.probes.forgetting import forgetting
     from loraloom.probes.geometry import geometry
     from loraloom.probes.interference import interference
     from loraloom.probes.partial_modality import partial_modality
+    from loraloom.probes.plane import plane
     from loraloom.probes.shapley import shapley
     from loraloom.probes.stability import stability
     from loraloom.recipe import Recipe
@@ -67,6 +70,7 @@ _HOME = {
     "measure": "integrations.statistics",
     **dict.fromkeys(["load_statistics", "save_statistics"], "measured"),
     "CoToCallback": "integrations.trainer",
+    **dict.fromkeys(["BalanceCallback", "BalanceMeter"], "integrations.balance"),
     "align": "ops.align",
     **dict.fromkeys(["scale", "subtract"], "ops.arithmetic"),
     "compress": "ops.compress",
@@ -74,11 +78,13 @@ _HOME = {
     "merge": "ops.merge",
     "prune": "ops.prune",
     "search": "ops.search",
+    "balance": "probes.balance",
     "connectivity": "probes.connectivity",
     "forgetting": "probes.forgetting",
     "geometry": "probes.geometry",
     "interference": "probes.interference",
     "partial_modality": "probes.partial_modality",
+    "plane": "probes.plane",
     "shapley": "probes.shapley",
     "stability": "probes.stability",
     "Recipe": "recipe",
@@ -91,6 +97,7 @@ _HOME = {
     **dict.fromkeys(["LoRI", "calibrate"], "strategies.sparse"),
     **dict.fromkeys(["Mask", "load_mask", "save_mask", "support"], "masks"),
     "gradient_scores": "integrations.sparse",
+    "fast": "integrations.fast",
     **dict.fromkeys(["cosines", "summary"], "overview"),
     "load_task": "tasks",
 }
@@ -124,6 +131,8 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "CoTo",
     "ProgressiveDropout",
     "CoToCallback",
+    "BalanceCallback",
+    "BalanceMeter",
     "MokA",
     "LoRI",
     "calibrate",
@@ -132,6 +141,7 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "save_mask",
     "support",
     "gradient_scores",
+    "fast",
     "Recipe",
     "read_recipe",
     "train",
@@ -140,9 +150,11 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "score",
     "evaluate",
     "Evaluation",
+    "balance",
     "connectivity",
     "forgetting",
     "partial_modality",
+    "plane",
     "stability",
     "shapley",
     "interference",

@@ -96,12 +96,11 @@ def test_a_crafted_valley_is_found_at_its_depth():
     scores = iter([0.9, 0.8, 0.3, 0.85, 0.7])
     found = connectivity(adapter(0), adapter(1), lambda _: next(scores), points=5)
     assert found.barrier == pytest.approx(0.8 - 0.3)
-    assert json.loads(json.dumps(found.to_json())) == {
-        "at": [0.0, 0.25, 0.5, 0.75, 1.0],
-        "scores": [0.9, 0.8, 0.3, 0.85, 0.7],
-        "barrier": found.barrier,
-        "space": "delta",
-    }
+    whole = {"scores": [0.9, 0.8, 0.3, 0.85, 0.7], "barrier": found.barrier, "space": "delta"}
+    path = {**whole, "name": "delta", "align": None, "bent": False, "drop": 0.5, "lowest": 0.5, "centre": None}
+    told = json.loads(json.dumps(found.to_json()))
+    assert told.pop("paths") == [path | {"drop": pytest.approx(0.5)}]
+    assert told == {"at": [0.0, 0.25, 0.5, 0.75, 1.0], **whole, "evaluations": 5}
 
 
 @pytest.mark.parametrize("points", [1, 0, -3, 2.0, True])
@@ -124,6 +123,87 @@ def test_a_score_that_is_not_finite_is_named():
     scores = iter([1.0, float("nan")])
     with pytest.raises(ValueError, match=r"the score at t = 0\.5 is nan"):
         connectivity(adapter(0), adapter(1), lambda _: next(scores), points=3)
+
+
+def test_the_two_heights_differ_where_the_ends_do():
+    """Below the chord by 0.1 at the middle; below the mean of the ends by 0.4, at the worse end itself."""
+    scores = iter([1.0, 0.5, 0.2])
+    (path,) = connectivity(adapter(0), adapter(1), lambda _: next(scores), points=3).paths
+    assert (path.barrier, path.drop, path.lowest) == (pytest.approx(0.1), pytest.approx(0.4), 1.0)
+
+
+def turned(a, seed=3):
+    """The same updates in other factors."""
+    draw = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, held in a.modules.items():
+        p = torch.randn(held.rank, held.rank, generator=draw, dtype=torch.float64)
+        modules[name] = Factors(B=held.B @ torch.linalg.inv(p), A=p @ held.A, scale=held.scale)
+    return Adapter(a.config, modules)
+
+
+def size(one):
+    return float(deltas(one).norm())
+
+
+def test_alignment_flattens_the_path_to_the_same_update_in_another_gauge():
+    a = adapter(0)
+    aligns = [None, "orthogonal", "invertible"]
+    near = lambda one: -float((deltas(one) - deltas(a)).norm())  # noqa: E731
+    found = connectivity(a, turned(a), near, points=5, space=["delta", "factors"], align=aligns)
+    assert [path.name for path in found.paths] == ["delta", "factors", "factors, orthogonal", "factors, invertible"]
+    heights = [path.barrier for path in found.paths]
+    assert heights[0] == pytest.approx(0, abs=1e-9) and heights[3] == pytest.approx(0, abs=1e-6)
+    assert heights[1] > heights[2] > 0.01 * size(a)
+    assert found.barrier == heights[0] and found.space == "delta"
+
+
+def test_several_paths_are_what_each_is_alone_and_score_the_ends_once():
+    a, b, via = adapter(0), adapter(1), adapter(2)
+    calls = []
+    score = lambda one: calls.append(one) or size(one)  # noqa: E731
+    every = connectivity(a, b, score, points=4, space=("factors", "delta"), via=via, align=("invertible", None))
+    names = ["factors, invertible", "factors, invertible, bent", "factors", "factors, bent", "delta", "delta, bent"]
+    assert [path.name for path in every.paths] == names
+    assert len(calls) == every.evaluations == 2 + 6 * 2 + 3
+    for path in every.paths:
+        alone = connectivity(a, b, size, points=4, space=path.space, via=via, align=path.align).paths[path.bent]
+        assert path == alone
+
+
+def test_the_bent_path_is_the_parabola_of_the_control_point():
+    a, b, via = adapter(0), adapter(1), adapter(2)
+    met = []
+    found = connectivity(a, b, lambda one: met.append(deltas(one)) or size(one), points=5, via=via)
+    straight, bent = found.paths
+    inner = [(1 - t) ** 2 * deltas(a) + 2 * t * (1 - t) * deltas(via) + t**2 * deltas(b) for t in found.at]
+    torch.testing.assert_close(torch.stack(met[5:8]), torch.stack(inner[1:4]))
+    assert bent.scores == pytest.approx([float(each.norm()) for each in inner])
+    mean = float(((deltas(a) + deltas(via) + deltas(b)) / 3).norm())
+    assert (straight.centre, bent.centre) == (pytest.approx(mean), pytest.approx(mean))
+    factors = connectivity(a, b, size, points=2, via=via, space="factors").paths[0]
+    mean = torch.cat(
+        [
+            (sum(one.modules[name].B for one in (a, b, via)) / 3 @ sum(one.modules[name].A for one in (a, b, via)) / 3)
+            for name in a.modules
+        ]
+    ).norm()
+    assert factors.centre == pytest.approx(float(mean))
+
+
+def test_what_makes_no_path_is_refused_before_anything_is_scored():
+    def never(_):
+        raise AssertionError("scored")
+
+    a, b = adapter(0), adapter(1)
+    with pytest.raises(ValueError, match="needs space='factors'"):
+        connectivity(a, b, never, align="orthogonal")
+    with pytest.raises(ValueError, match="at least one entry"):
+        connectivity(a, b, never, space=[])
+    with pytest.raises(ValueError, match="invertible"):
+        connectivity(a, b, never, space="factors", align="sideways")
+    with pytest.raises(AdapterMismatch):
+        connectivity(a, b, never, via=adapter(2, out=5))
 
 
 def test_it_is_registered_with_its_paper():
