@@ -18,19 +18,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.tasks.hub import HubTask
+from loraloom.untrusted import parse_yaml, read_yaml, short
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AdapterRecipe(_Strict):
@@ -151,6 +151,7 @@ class TrainRecipe(_Strict):
     bf16: bool = False
     gradient_checkpointing: bool = False
     report_to: str = "none"
+    balance_every: Annotated[int, Field(ge=1)] | None = None
 
 
 class DataRecipe(_Strict):
@@ -198,7 +199,7 @@ def read_task(text: str) -> Any:
         return text
     if not path.is_file():
         raise FileNotFoundError(f"task {path}: no such file")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path, f"task {path}")
     if not isinstance(content, Mapping):
         raise ValueError(f"task {path}: a mapping of keys is needed, got {type(content).__name__}")
     return task_of(content)
@@ -285,7 +286,7 @@ def parse(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{source}: {_explain(error)}") from None
+        raise ValueError(f"{source}: {explain(error)}") from None
     try:
         recipe.plan()
     except ValueError as error:
@@ -307,10 +308,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, f"recipe {path}")
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path}: a mapping of keys is needed, got {type(content).__name__}")
     for override in overrides:
@@ -336,7 +334,7 @@ def _set(content: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"--set {override}: {key} is not a section")
         content = inner
-    content[last] = yaml.safe_load(value)
+    content[last] = parse_yaml(value, f"--set {override}")
 
 
 def _numbers(value: Any) -> Any:
@@ -351,13 +349,13 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first error of a validation as one line."""
+def explain(error: ValidationError, whole: type[BaseModel] | None = None) -> str:
+    """The first error of a validation of ``whole`` (a recipe) as one line."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if str(part) not in _TAGS]
     where = ".".join(place)
     if first["type"] == "extra_forbidden":
-        allowed = _fields(first["loc"][:-1])
+        allowed = _fields(first["loc"][:-1], whole or Recipe)
         return _unknown(where, place[-1], allowed)
     if first["type"] == "value_error":
         return f"{where}: {first['ctx']['error']}".removeprefix(": ")
@@ -369,7 +367,7 @@ def _explain(error: ValidationError) -> str:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{where}.name {given!r} is not known{hint}; allowed: {', '.join(sorted(_TAGS))}"
     message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{where}: {message}, got {first['input']!r}"
+    return f"{where}: {message}, got {short(first['input'])}"
 
 
 def _unknown(where: str, key: str, allowed: Sequence[str]) -> str:
@@ -387,14 +385,13 @@ _STRATEGIES: dict[str, type[BaseModel]] = {
 _TAGS = frozenset(_STRATEGIES)
 
 
-def _fields(place: Sequence[str | int]) -> list[str]:
+def _fields(place: Sequence[str | int], model: Any) -> list[str]:
     """Names of the keys that are allowed at a place of the recipe."""
-    model: Any = Recipe
     for part in place:
         if str(part) in _STRATEGIES:
             model = _STRATEGIES[str(part)]
-        elif part != "strategy":
-            annotation = model.model_fields[str(part)].annotation
+        elif part != "strategy" and isinstance(part, str):
+            annotation = model.model_fields[part].annotation
             inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
             model = next((kind for kind in inner if issubclass(kind, BaseModel)), model)
     return list(model.model_fields)

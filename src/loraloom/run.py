@@ -101,6 +101,8 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
             lori.attach(model)
             record["lori"] = told_of(lori, recipe, earlier, mask)
         done = fitted(model, work, bench.training, {})
+        if done.balance is not None:
+            record["balance"] = done.balance.to_json()
         adapter = edge("peft").from_model(model)
     provenance = {
         "operation": "train",

@@ -15,8 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loraloom.integrations.checkpoints import SafeCheckpoints, last_complete, remove_torn
+from loraloom.integrations.balance import FILE as BALANCE
+from loraloom.integrations.balance import BalanceCallback, BalanceMeter
+from loraloom.integrations.checkpoints import (
+    SafeCheckpoints,
+    StopOnInterrupt,
+    disk_faults_told,
+    last_complete,
+    remove_torn,
+)
 from loraloom.integrations.trainer import CoToCallback, RichProgress
+from loraloom.probes.balance import Balance
 from loraloom.strategies import Strategy
 
 _CLOCK, _TRAINED = "seconds.json", "trained.safetensors"
@@ -37,13 +46,15 @@ class FitOptions:
         scheduler: what follows it, by the name that Transformers gives it: linear, cosine, constant_with_warmup, ...
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        save_every: steps between checkpoints (and one at the end); None writes none. The two newest are kept.
+        save_every: steps between checkpoints (and one at the end); None writes none but after Ctrl-C. The two newest
+            are kept.
         log_every: steps between logs.
         bf16: autocast to bfloat16.
         gradient_checkpointing: compute activations again in backward.
         resume: go on from the newest whole checkpoint in ``output``, if there is one.
         progress: draw a progress bar on a terminal.
         report_to: reporters of Transformers: "none", "tensorboard", "wandb", ...
+        balance_every: steps between measurements of the balance (:class:`BalanceCallback`); None takes none.
     """
 
     output: str | Path
@@ -63,11 +74,12 @@ class FitOptions:
     resume: bool = False
     progress: bool = False
     report_to: str | Sequence[str] = "none"
+    balance_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "balance_every"):
             value = getattr(self, name)
-            if not (name == "save_every" and value is None) and value < 1:
+            if not (name in ("save_every", "balance_every") and value is None) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup must be in [0, steps = {self.steps}], got {self.warmup}")
@@ -87,12 +99,14 @@ class Fit:
             there on.
         log_history: the Trainer's logs of the whole run, one mapping a log, with its ``step``. The first ``loss`` after
             a resume is the mean from the checkpoint on.
+        balance: what ``balance_every`` noted.
     """
 
     steps: int
     resumed_from: int
     seconds: float
     log_history: tuple[Mapping[str, float], ...]
+    balance: Balance | None = None
 
 
 def fit(
@@ -124,17 +138,29 @@ def fit(
 
     Raises:
         ValueError: ``output`` has checkpoints and ``resume`` is off, or they are of a run of other length.
+        KeyboardInterrupt: after Ctrl-C, once the step that was under way is done and a checkpoint is written.
+        OSError: the disk is full.
     """
     start = _starting_point(options)
     done = 0 if start is None else int(_state(start)["global_step"])
     if start is not None and done == options.steps:
-        return _finished(model, start, done)
+        return _finished(model, start, done, balance=options.balance_every is not None)
     switch = CoToCallback(plan) if plan is not None else None
+    balance = BalanceCallback(options.balance_every) if options.balance_every else None
     bar = RichProgress() if options.progress else None
-    safe = SafeCheckpoints() if options.save_every else None
+    safe, stop = SafeCheckpoints(), StopOnInterrupt()
     clock = _Clock(start)
     trained = None if isinstance(model, PeftModel) else _Weights(model, start)
-    extra = [clock, trained, switch, bar, *callbacks, safe]  # the seal comes last: it covers what other callbacks save
+    extra = [
+        stop,
+        clock,
+        trained,
+        switch,
+        balance,
+        bar,
+        *callbacks,
+        safe,
+    ]  # the seal comes last: it covers what other callbacks save
     trainer = Trainer(
         model,
         _arguments(options),
@@ -147,13 +173,15 @@ def fit(
     if loss is not None:
         trainer.model_accepts_loss_kwargs = False  # the count of labels is for the loss, not for a backbone's forward
     try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        with stop.listening(), disk_faults_told(options.output):
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         if switch is not None:
             switch.open()
         if bar is not None:
             bar.close()
-    return Fit(options.steps, done, clock.seconds(), tuple(trainer.state.log_history))
+    noted = None if balance is None else balance.result
+    return Fit(options.steps, done, clock.seconds(), tuple(trainer.state.log_history), noted)
 
 
 class _Clock(TrainerCallback):
@@ -253,7 +281,7 @@ def _starting_point(options: FitOptions) -> Path | None:
     return start
 
 
-def _finished(model: PeftModel, checkpoint: Path, step: int) -> Fit:
+def _finished(model: PeftModel, checkpoint: Path, step: int, *, balance: bool) -> Fit:
     """The end of a run that needs no further step: the Trainer would make one all the same."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -263,7 +291,11 @@ def _finished(model: PeftModel, checkpoint: Path, step: int) -> Fit:
         set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
     else:
         _Weights(model, checkpoint).load()
-    return Fit(step, step, _seconds(checkpoint), tuple(_state(checkpoint)["log_history"]))
+    meter = BalanceMeter(model) if balance else None
+    if meter is not None:
+        meter.load(checkpoint / BALANCE)
+    noted = None if meter is None else meter.result
+    return Fit(step, step, _seconds(checkpoint), tuple(_state(checkpoint)["log_history"]), noted)
 
 
 def _seconds(checkpoint: Path) -> float:

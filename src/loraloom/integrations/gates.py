@@ -119,6 +119,15 @@ class Gates:
         for drop in dropouts:
             drop.p = p
 
+    def layers(self, name: str) -> list[Any]:
+        """PEFT's layers at a module path: one, or several that are nested."""
+        return self._layers[name]
+
+    @property
+    def moved_base(self) -> bool:
+        """Whether an adapter started as a part of the base weights (PiSSA and the like)."""
+        return bool(self._start)
+
     def parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
         """The trainable adapter parameters of each unit, for gradient norms by unit.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class CoToCallback(TrainerCallback):
     def __init__(self, plan: Strategy) -> None:
         self.plan = plan
         self._run: _Run | None = None
-        self._trainer: Trainer | None = None
+        self._trainer = Extended()
         self._report: dict[str, float | Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,7 +67,7 @@ class CoToCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Everything open; the Trainer is as it was."""
         self.open()
-        self._detach()
+        self._trainer.detach()
 
     def open(self) -> None:
         """Open all gates, whatever state training was left in."""
@@ -79,38 +80,70 @@ class CoToCallback(TrainerCallback):
         return self._run
 
     def _attach(self) -> None:
-        """Extend the two methods of the calling Trainer that it offers for extension, ``training_step`` and ``log``.
+        """Extend the calling Trainer: no event comes when a step fails, which would leave gates closed.
 
-        Events alone cannot do two things. None comes when a step fails, which would leave gates closed: here they
-        are open again as soon as ``training_step`` is left in any way. And reporters (TensorBoard and the like) get
-        ``on_log`` before any callback of the user's, so that what a callback adds there comes too late. A callback is
-        never told its Trainer; it is found once, among the callers. A loop that is no Trainer but calls the events is
-        served by these.
+        Here they are open again as soon as ``training_step`` is left in any way. A loop that is no Trainer but calls
+        the events is served by these.
         """
-        self._detach()
-        trainer = _calling_trainer()
-        if trainer is None:
-            return
-        step_before, log_before = trainer.training_step, trainer.log
 
-        def training_step(*args: Any, **kwargs: Any) -> Tensor:
-            if self._trainer is not trainer:
-                return step_before(*args, **kwargs)
-            try:
-                self._begun().draw(trainer.state.global_step)
-                return step_before(*args, **kwargs)
-            finally:
-                self.open()
+        def step(before: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def training_step(*args: Any, **kwargs: Any) -> Tensor:
+                try:
+                    self._begun().draw(self._trainer.state.global_step)
+                    return before(*args, **kwargs)
+                finally:
+                    self.open()
 
-        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if self._trainer is trainer and "loss" in logs:  # the training log; evaluation has eval_loss
-                logs.update({name: float(value) for name, value in self._report.items()})
-            log_before(logs, *args, **kwargs)
+            return training_step
 
-        self._trainer, self._wrapped = trainer, {"training_step": training_step, "log": log}
-        vars(trainer).update(self._wrapped)
+        def log(before: Callable[..., None]) -> Callable[..., None]:
+            def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+                if "loss" in logs:  # the training log; evaluation has eval_loss
+                    logs.update({name: float(value) for name, value in self._report.items()})
+                before(logs, *args, **kwargs)
 
-    def _detach(self) -> None:
+            return log
+
+        self._trainer.attach(training_step=step, log=log)
+
+
+class Extended:
+    """Methods of the calling Trainer that it offers for extension, extended for as long as a training lasts.
+
+    Events alone cannot do it: reporters (TensorBoard and the like) get ``on_log`` before any callback of the user's, so
+    that what a callback adds there comes too late. A callback is never told its Trainer; it is found once, among the
+    callers.
+    """
+
+    def __init__(self) -> None:
+        self._trainer: Trainer | None = None
+        self._wrapped: dict[str, Callable] = {}
+
+    @property
+    def state(self) -> Any:
+        """The state of the Trainer that is extended."""
+        return None if self._trainer is None else self._trainer.state
+
+    def attach(self, **wrappers: Callable[[Callable], Callable]) -> None:
+        """Put ``wrappers[name](method)`` in the place of each method; nothing where no Trainer calls."""
+        self.detach()
+        self._trainer = _calling_trainer()
+        if self._trainer is not None:
+            self._wrapped = {name: self._extended(name, wrap) for name, wrap in wrappers.items()}
+            vars(self._trainer).update(self._wrapped)
+
+    def _extended(self, name: str, wrap: Callable[[Callable], Callable]) -> Callable:
+        trainer = self._trainer
+        before = getattr(trainer, name)
+        after = wrap(before)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return (after if self._trainer is trainer else before)(*args, **kwargs)
+
+        return method
+
+    def detach(self) -> None:
+        """Give the Trainer its methods back."""
         if self._trainer is not None:
             for name, wrapped in self._wrapped.items():
                 if vars(self._trainer).get(name) is wrapped:
