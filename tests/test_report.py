@@ -190,9 +190,9 @@ def test_a_page_of_results_is_written_once_unless_asked(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format": "loraloom.report/1", "title"', "is not whole JSON"),
-        (b"", "is not whole JSON"),
-        (b"\xff\xfe", "is not whole JSON"),
+        (b'{"format": "loraloom.report/1", "title"', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"results": {}}', "this is not a report: its format is None"),
         (b"[1]", "this is not a report: its format is 'list'"),

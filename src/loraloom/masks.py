@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,6 +20,7 @@ from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.experts import as_stored
 from loraloom.folders import whole_file
 from loraloom.safefile import SafeFile, Writer
+from loraloom.untrusted import parse_json
 
 MASK = "lori_mask.safetensors"  # in the folder of an adapter that was trained with it
 _MARK = "loraloom_mask"
@@ -177,8 +179,9 @@ def load_mask(path: str | Path) -> Mask:
         raise FileNotFoundError(f"{where} is not there")
     file = SafeFile(where)
     try:
-        about = json.loads(file.metadata[_MARK])
-        shapes = {name: (int(out), int(rank)) for name, (out, rank) in about["shapes"].items()}
+        about = parse_json(file.metadata[_MARK], where)
+        shapes = {name: (operator.index(out), operator.index(rank)) for name, (out, rank) in about["shapes"].items()}
+        provenance = dict(about["provenance"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no mask of `loraloom calibrate`") from error
     bits = {}
@@ -191,4 +194,4 @@ def load_mask(path: str | Path) -> Mask:
             raise ValueError(f"{where}: {name} has bits behind its last entry")
     if set(file.shapes) != set(shapes):
         raise ValueError(f"{where}: its modules are not those that it names")
-    return Mask(bits, shapes, about["provenance"])
+    return Mask(bits, shapes, provenance)

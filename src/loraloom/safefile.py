@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraloom.untrusted import parse_json
+
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
@@ -52,8 +54,8 @@ class SafeFile:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {str(error).splitlines()[0]}") from error
         size = int.from_bytes(os.pread(self._handle, 8, 0), "little")
-        header = json.loads(os.pread(self._handle, size, 8))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        header = parse_json(os.pread(self._handle, size, 8), path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._header: dict[str, dict[str, Any]] = header
         self._start = 8 + size
         self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
@@ -70,16 +72,19 @@ class SafeFile:
             raise ValueError(f"{self.path}: {key} is stored as {entry['dtype']}; allowed: {', '.join(_BY_NAME)}")
         begin, end = entry["data_offsets"]
         dtype = _BY_NAME[entry["dtype"]]
-        if begin == end:
-            return torch.empty(entry["shape"], dtype=dtype)
-        data = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            data = torch.empty(end - begin, dtype=torch.uint8)
+            shaped = data.view(dtype).view(entry["shape"])
+        except (RuntimeError, TypeError):  # torch's words for too much memory and for sizes past its whole numbers
+            told = f"{end - begin} bytes of {'x'.join(map(str, entry['shape']))}"
+            raise ValueError(f"{self.path}: {key} is too large to be read: {told}") from None
         buffer, done = data.numpy(), 0
         while done < end - begin:  # a read may be cut at 2 GiB
             got = os.preadv(self._handle, [buffer[done:].data], self._start + begin + done)
             if got == 0:
                 raise ValueError(f"{self.path} has been cut short since it was opened")
             done += got
-        return data.view(dtype).view(entry["shape"])
+        return shaped
 
 
 class Writer:

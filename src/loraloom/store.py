@@ -19,6 +19,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from loraloom.layout import (
 )
 from loraloom.safefile import SafeFile, Writer, sha256
 from loraloom.stream import ahead
+from loraloom.untrusted import read_json, short
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "loraloom.json", "README.md"
 _LOADERS = {
@@ -45,6 +47,11 @@ _LOADERS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_LOCAL = ("path", "stamp", "targets")  # of provenance: what only this run can use
+_FORM = {  # outer ones first
+    **{("arguments",): dict, ("record",): dict, ("inputs",): list, ("arguments", "data"): dict},
+    **{("record", key): dict for key in ("lori", "error", "norm")},
 }
 _MULTIMODAL = {"CAUSAL_LM": "AutoModelForMultimodalLM"}
 
@@ -71,7 +78,7 @@ def load(path: str | Path) -> Adapter:
     if not folder.is_dir():
         kind = ValueError if folder.exists() else FileNotFoundError
         raise kind(f"{folder} is not a folder with an adapter ({CONFIG} and {WEIGHTS})")
-    config = _json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     where = folder / WEIGHTS
     if not where.is_file():
         pickles = sorted(file.name for file in folder.glob("*.*") if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
@@ -80,22 +87,26 @@ def load(path: str | Path) -> Adapter:
         raise FileNotFoundError(f"{where} is not there")
     opened = SafeFile(where)
     check_config(config, str(folder / CONFIG))
-    past = _json(folder / RECORD) if (folder / RECORD).exists() else {}
-    if not isinstance(past, dict):
-        raise ValueError(f"{folder / RECORD}: expected a JSON object, got {type(past).__name__}")
+    past = _past(read_json(folder / RECORD), str(folder / RECORD)) if (folder / RECORD).exists() else {}
     name = folder.absolute().name if folder.is_absolute() else folder.as_posix()
     provenance = {**past, "path": str(folder.resolve()), "name": name, "stamp": _stamp(where)}
     return assembled(config, Source(str(where), opened.shapes, opened.read), provenance)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
-
-
 # --- provenance -------------------------------------------------------------------------------------------------------
+def _past(node: Any, where: str) -> dict[str, Any]:
+    """Provenance that others wrote, of the form that we rely on; without what only the run that read it can know."""
+    if not isinstance(node, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {short(node)}")
+    for path, kind in _FORM.items():
+        held = reduce(lambda value, key: value.get(key, {}), path[:-1], node).get(path[-1], kind())
+        if not isinstance(held, kind):
+            what = "an object" if kind is dict else "a list"
+            raise ValueError(f"{where}: {'.'.join(path)} must be {what}, got {short(held)}")
+    kept = {key: value for key, value in node.items() if key not in _LOCAL}
+    return kept | ({"inputs": [_past(one, where) for one in node["inputs"]]} if "inputs" in node else {})
+
+
 def _stamp(file: Path) -> list[int]:
     status = file.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns]
@@ -142,8 +153,7 @@ def _hash(path: str, stamp: list[int]) -> str | None:
 def _recorded(node: Any, hashes: Hashes) -> Any:
     """Provenance as it is written: folders get their hash, what only this run can use is left out."""
     if isinstance(node, Mapping):
-        local = ("path", "stamp", "targets")
-        kept = {str(key): _recorded(value, hashes) for key, value in node.items() if key not in local}
+        kept = {str(key): _recorded(value, hashes) for key, value in node.items() if key not in _LOCAL}
         if "stamp" in node and str(node["path"]) in hashes:
             kept["sha256"] = hashes[str(node["path"])].result()
         return kept

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
+
+from loraloom import untrusted
 
 app = typer.Typer(
     name="loraloom",
@@ -64,7 +65,7 @@ def command(name: str, on: typer.Typer = app) -> Callable[[Callable[..., None]],
                 print(f"loraloom {name}: {line_of(error)}", file=sys.stderr)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
-                hint = "; the same command with --resume goes on" if name == "train" else ""
+                hint = "; the same command with --resume goes on" if name in ("train", "sweep") else ""
                 print(f"loraloom {name}: stopped{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None
 
@@ -95,19 +96,13 @@ def knobs_of(given: Sequence[str] | None) -> dict[str, Any]:
         name, equals, value = one.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--set {one!r}: expected name=value")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {one!r}: the value is not valid YAML") from None
+        found[name] = untrusted.parse_yaml(value, f"--set {one!r}")
     return found
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from None
+    found = untrusted.read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object ({what}), got {type(found).__name__}")
     return found

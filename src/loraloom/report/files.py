@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraloom.report.document import Report
+from loraloom.untrusted import read_json
 
 RESULTS = "results.json"
 
@@ -33,12 +34,9 @@ def read(paths: Sequence[Path | str]) -> Report:
 def _read(file: Path) -> Report:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there; a run folder holds {RESULTS}")
+    content = read_json(file)
     try:
-        return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
-        raise ValueError(f"{file} is not whole JSON: {fault}") from None
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deep to be a report") from None
+        return Report.from_json(content)
     except ValueError as fault:
         raise ValueError(f"{file}: {fault}") from None
 

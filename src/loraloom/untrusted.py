@@ -1,0 +1,168 @@
+"""JSON and YAML that others wrote: bounded in size and depth, no code, and every fault is a ValueError of one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_JSON, MOST_YAML = 1 << 28, 1 << 20  # bytes of a file
+DEPTH = 200  # levels of lists and maps
+ENTRIES = 100_000  # of a YAML file, each alias (*name) counted as what it stands for
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: bytes are UTF-8.
+        where: what messages call it.
+
+    Raises:
+        ValueError: it is not JSON, a map has a key twice, or it is nested too deep.
+
+    Example:
+        >>> parse_json('{"rank": 8, "rank": 4}', "a.json")
+        Traceback (most recent call last):
+        ValueError: a.json: 'rank' is there twice
+    """
+    try:
+        found = json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=_once)
+    except _Twice as error:
+        raise ValueError(f"{where}: {short(error.args[0])} is there twice") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    _check_depth(found, where)
+    return found
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """What a YAML text says: plain values only, whatever its tags ask for.
+
+    Raises:
+        ValueError: it is not YAML, a map has a key twice, it is nested too deep, or has too many values, those of
+            aliases counted each time.
+
+    Example:
+        >>> parse_yaml("rank: 8", "a.yaml"), parse_yaml("a: !!python/object:os.system []", "b.yaml")
+        Traceback (most recent call last):
+        ValueError: b.yaml: not YAML: could not determine a constructor for the tag ...
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _check_keys(node)
+        found = None if node is None else loader.construct_document(node)
+    except _Twice as error:
+        raise ValueError(f"{where}: {short(error.args[0])} is there twice") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    _check_depth(found, where, most=ENTRIES)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; see ``parse_json``."""
+    return parse_json(_content(path, MOST_JSON), path)
+
+
+def read_yaml(path: Path, where: object = None) -> Any:
+    """What a YAML file says; see ``parse_yaml``."""
+    where = path if where is None else where
+    try:
+        text = _content(path, MOST_YAML).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not YAML: {error}") from None
+    return parse_yaml(text, where)
+
+
+def short(value: object, most: int = 80) -> str:
+    """A value for a message: on one line, and cut where it is long.
+
+    Example:
+        >>> short("rank"), short(list(range(1000)), most=12)
+        ("'rank'", '[0, 1, 2, 3,...')
+    """
+    try:
+        told = repr(value[: 4 * most] if isinstance(value, str | bytes | list | tuple) else value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        told = f"a {type(value).__name__}"
+    told = re.sub(r"\s+", " ", told)
+    return told if len(told) <= most else told[:most] + "..."
+
+
+def _check_keys(root: yaml.Node | None) -> None:
+    """Refuse a YAML map with a key twice."""
+    left, seen = [root], set[int]()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            left += [part for pair in node.value for part in pair]
+        else:
+            left += node.value
+
+
+class _Twice(Exception):
+    """A map with a key twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return found
+
+
+def _content(path: Path, most: int) -> bytes:
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes; such a file has at most {most}")
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+def _too_deep(where: object) -> ValueError:
+    return ValueError(f"{where}: nested too deep; at most {DEPTH} levels")
+
+
+def _check_depth(value: Any, where: object, most: int | None = None) -> None:
+    """Refuse what is nested too deep, and more than ``most`` values; what is held several times counts each time."""
+    level, count = [[value]], 0
+    for _ in range(DEPTH + 1):
+        found = []
+        for one in _inner(level):
+            count += 1
+            if most is not None and count > most:
+                raise ValueError(f"{where}: more than {most} values, aliases written out")
+            if isinstance(one, Mapping | list | tuple | set):
+                found.append(one)
+        if not found:
+            return
+        level = found
+    raise _too_deep(where)
+
+
+def _inner(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Mapping):
+            yield from value
+            yield from value.values()
+        elif isinstance(value, list | tuple | set):
+            yield from value
