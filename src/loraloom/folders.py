@@ -1,15 +1,19 @@
-"""Output folders that appear whole or not at all.
+"""Output folders and files that appear whole or not at all.
 
-Work is done in a hidden folder beside the target, which is renamed at the end. A killed process leaves
-``.NAME.XXXX.loraloom-tmp`` behind (it is never taken for a result; remove it), and, killed in the instant between the
-two renames of an overwrite, the old folder as ``.NAME.XXXX.loraloom-old``.
+Work is done in a hidden folder beside the target, which takes the target's place at the end in one step. A killed
+process leaves ``.NAME.XXXX.loraloom-tmp`` behind: it is never taken for a result, and the next write of the same
+target removes it, for nobody holds its lock any more. Where a system cannot exchange two names (Linux can), an
+overwrite is two renames; killed between them, the old folder stays as ``.NAME.XXXX.loraloom-old``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,6 +21,13 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED, REPLACED = ".loraloom-tmp", ".loraloom-old"
+_UNABLE = (
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+)  # a file system that has no such call
 
 
 @contextlib.contextmanager
@@ -31,17 +42,15 @@ def whole_folder(target: Path, *, overwrite: bool, mark: str, what: str) -> Iter
 
     Raises:
         FileExistsError: ``target`` is there, or holds more than is replaced, or another process was faster.
+        OSError: the disk is full, or the place cannot be written to; it names ``target``.
     """
     refuse_taken(target, overwrite=overwrite, mark=mark, what=what)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
-    work.mkdir()
-    try:
+    with _workplace(target) as work:
         yield work
+        sync_folder(work)
+        refuse_taken(target, overwrite=overwrite, mark=mark, what=what)
         _publish(work, target, overwrite)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        sync_folder(target.parent)
 
 
 @contextlib.contextmanager
@@ -49,19 +58,17 @@ def whole_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A path to write to; it gets the name ``target`` when the block ends well, and is removed otherwise.
 
     Raises:
-        FileExistsError: ``target`` is there and ``overwrite`` is off, or is a folder.
+        FileExistsError: ``target`` is there and ``overwrite`` is off, or is a folder, or another process was faster.
+        OSError: the disk is full, or the place cannot be written to; it names ``target``.
     """
     if target.is_dir() or (target.exists() and not overwrite):
-        raise FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name[:80]}.{secrets.token_hex(8)}{UNFINISHED}")
-    try:
-        yield work
-        work.replace(target)
-    except BaseException:
-        work.unlink(missing_ok=True)
-        raise
-    sync_folder(target.parent)
+        raise _taken(target)
+    with _workplace(target) as work:
+        draft = work / target.name
+        yield draft
+        if overwrite or not _linked(draft, target):
+            draft.replace(target)
+        sync_folder(target.parent)
 
 
 def refuse_taken(target: Path, *, overwrite: bool, mark: str, what: str) -> None:
@@ -73,16 +80,71 @@ def refuse_taken(target: Path, *, overwrite: bool, mark: str, what: str) -> None
     if not target.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
+        raise _taken(target)
     held = [] if not target.is_dir() else list(target.iterdir())
     plain = target.is_dir() and not any(item.is_dir() and not item.is_symlink() for item in held)
     if not plain or (held and not (target / mark).is_file()):
         raise FileExistsError(f"{target} is not just {what}, so it is not overwritten; remove it yourself")
 
 
+def _taken(target: Path) -> FileExistsError:
+    return FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
+
+
+# --- the place to work in ---------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, locked while the block runs; what is left of it at the end is removed."""
+    missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    work = target.with_name(_hidden(target, secrets.token_hex(8)))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        work.mkdir()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks
+                stack.enter_context(_locked(work))
+            yield work
+    except OSError as error:
+        if error.errno is None or (error.filename and UNFINISHED not in str(error.filename)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error  # not the hidden name, or none
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in missing:  # where something came of it, they are not empty
+                folder.rmdir()
+
+
+def _hidden(target: Path, chance: str) -> str:
+    return f".{target.name[:80]}.{chance}{UNFINISHED}"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left of the same target: nobody holds its lock."""
+    left = re.compile(re.escape(_hidden(target, "#")).replace(r"\#", "[0-9a-f]{16}"))
+    for path in target.parent.iterdir():
+        if left.fullmatch(path.name) and not path.is_symlink():
+            with contextlib.suppress(OSError), _locked(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with the process; an OSError if another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- the last step ----------------------------------------------------------------------------------------------------
 def _publish(work: Path, target: Path, overwrite: bool) -> None:
-    """Give the finished folder its name; an old one is put aside first and comes back if that fails."""
-    sync_folder(work)
+    """Give the finished folder its name; where it is exchanged with an old one, that is under ``work`` then."""
+    if overwrite and target.exists() and _exchanged(work, target):
+        return
     aside = work.with_name(work.name.removesuffix(UNFINISHED) + REPLACED)
     if overwrite:
         with contextlib.suppress(FileNotFoundError):
@@ -98,7 +160,30 @@ def _publish(work: Path, target: Path, overwrite: bool) -> None:
     finally:
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(target.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot, or one of them is gone."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if call is None or call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return call is not None
+    if (number := ctypes.get_errno()) in (*_UNABLE, errno.ENOENT):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _linked(draft: Path, target: Path) -> bool:
+    """Give a file a second name, which must be free; False where the file system cannot."""
+    try:
+        target.hardlink_to(draft)
+    except FileExistsError:
+        raise FileExistsError(f"{target} was written by another process meanwhile; use --overwrite") from None
+    except OSError as error:
+        if error.errno in (*_UNABLE, errno.EMLINK):
+            return False
+        raise
+    return True
 
 
 def _sync(file: Any) -> None:

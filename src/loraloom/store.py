@@ -49,7 +49,7 @@ _LOADERS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 _LOCAL = ("path", "stamp", "targets")  # of provenance: what only this run can use
-_FORM = {  # outer ones first
+_FORM: dict[tuple[str, ...], type] = {  # of provenance, outer ones first
     **{("arguments",): dict, ("record",): dict, ("inputs",): list, ("arguments", "data"): dict},
     **{("record", key): dict for key in ("lori", "error", "norm")},
 }

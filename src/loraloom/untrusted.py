@@ -125,8 +125,8 @@ class _Twice(Exception):
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for at, key in enumerate(keys) if key in keys[:at]))
     return found
 
 
@@ -144,7 +144,8 @@ def _too_deep(where: object) -> ValueError:
 
 def _check_depth(value: Any, where: object, most: int | None = None) -> None:
     """Refuse what is nested too deep, and more than ``most`` values; what is held several times counts each time."""
-    level, count = [[value]], 0
+    level: list[Any] = [[value]]
+    count = 0
     for _ in range(DEPTH + 1):
         found = []
         for one in _inner(level):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from loraloom.folders import whole_file, write_text
 from loraloom.report.document import Report
 from loraloom.untrusted import read_json
 
@@ -90,19 +90,5 @@ def page(paths: Sequence[Path | str], out: Path | str = "report.html", *, overwr
 
 def replace_file(path: Path | str, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new and nothing between."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name survives a power cut too
-    finally:
-        os.close(folder)
+    with whole_file(Path(path), overwrite=True) as draft:
+        write_text(draft, text)
