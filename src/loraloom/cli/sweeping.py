@@ -1,0 +1,23 @@
+"""The command that runs a table: sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loraloom.cli.shell import command
+
+
+@command("sweep")
+def sweep(
+    table: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder that all processes see.", show_default=False)],
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes on this machine.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there; finished jobs are read.")] = False,
+) -> None:
+    """Run a table: train a grid of adapters, combine and prune them, score all, write one report."""
+    from loraloom.sweep import read, run
+
+    run(read(table), out, resume=resume, jobs=jobs)

@@ -1,0 +1,96 @@
+"""Sweeps: a table of training runs and of what is measured of their adapters, done by many processes, in one report.
+
+``loraloom sweep table.yaml -o runs/table`` does it; ``plan.py`` says what a table is, ``work.py`` how its jobs are done
+once each, ``results.py`` what the report shows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from loraloom import report
+from loraloom.sweep.plan import Sweep, read
+from loraloom.sweep.results import summarised
+from loraloom.sweep.work import Say, Worker
+
+__all__ = ["Sweep", "read", "run"]
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run(sweep: Sweep, out: Path, *, resume: bool = False, jobs: int = 1, say: Say = print) -> report.Report:
+    """Do a sweep, or the rest of one, and write ``results.json``, ``report.html`` and ``report.md`` into ``out``.
+
+    Under a launcher (``accelerate launch -m loraloom sweep``) every rank is such a process: they share ``out``, each
+    trains by itself, and the first one writes the report. Adapters lie in ``out/adapters``, what each job found in
+    ``out/journal``. A sweep whose file was changed may go on in the same folder: what it shares is read.
+
+    Args:
+        sweep: the table.
+        out: a folder that all processes see.
+        resume: go on with what is there.
+        jobs: processes on this machine, started for each rank.
+        say: told one line for each finished job.
+
+    Raises:
+        FileExistsError: ``out`` exists and ``resume`` is off.
+        ValueError: a run or an operation is refused; what was done until then stays.
+
+    Example:
+        >>> found = run(read("recipes/small/regime.yaml"), Path("runs/regime"), jobs=2)   # doctest: +SKIP
+        >>> found.panels[0].title                                                         # doctest: +SKIP
+        'Learning rates chosen on validation'
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    rank, ranks, local = (int(os.environ.get(name, usual)) for name, usual in zip(_LAUNCHED[:3], "010", strict=True))
+    if rank == 0 and out.exists() and not resume:
+        raise FileExistsError(f"{out} exists; go on with --resume, or choose another folder")
+    processes = jobs * ranks
+    began = time.perf_counter()
+    others = multiprocessing.get_context("spawn")
+    children = [
+        others.Process(target=_join, args=(sweep, out, jobs, processes, local * jobs + at)) for at in range(1, jobs)
+    ]
+    for child in children:
+        child.start()
+    try:
+        worker = _settled(sweep, out, jobs, processes, local * jobs, say)
+        worker.complete()
+    except BaseException:
+        for child in children:
+            child.terminate()
+        raise
+    finally:
+        for child in children:
+            child.join()
+    made = summarised(sweep, worker.journal, seconds=time.perf_counter() - began, processes=processes)
+    if rank == 0:
+        report.write(made, out)
+        say(f"{made.summary}\n{out / 'report.html'}, {out / report.files.RESULTS}")
+    return made
+
+
+def _settled(sweep: Sweep, out: Path, jobs: int, processes: int, place: int, say: Say | None) -> Worker:
+    """A worker of this process, which from now on is one by itself: its own device, no ranks."""
+    for name in list(os.environ):
+        if name in _LAUNCHED or name.startswith(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "TORCHELASTIC_")):
+            del os.environ[name]
+    if devices := torch.cuda.device_count():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[place % devices]
+    torch.set_num_threads(sweep.threads or max(1, (os.cpu_count() or 1) // jobs))
+    return Worker(sweep, out, processes=processes, say=say)
+
+
+def _join(sweep: Sweep, out: Path, jobs: int, processes: int, place: int) -> None:
+    """What a further process does; an error is met, and told, by the first one too, which takes the job over."""
+    try:
+        _settled(sweep, out, jobs, processes, place, None).complete()
+    except (ValueError, OSError, KeyboardInterrupt):
+        raise SystemExit(2) from None

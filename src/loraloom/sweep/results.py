@@ -1,0 +1,287 @@
+"""What a finished sweep says: chosen rates, every measurement by arm, each arm against the first, maps over rates."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from loraloom import __version__
+from loraloom.report import Curve, Heatmap, Panel, Report, Series, Table
+from loraloom.sweep.plan import Cell, Job, Sweep, cells, operations
+from loraloom.sweep.work import Journal, chooser, finished
+from loraloom.tasks.metrics import difference
+
+Outcomes = Mapping[int, np.ndarray]  # by first seed: the outcome of every example
+Key = tuple[Cell, str]  # a place of the table and the name of an operation
+
+
+def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student's interval of it over seeds; with one value the interval is the value.
+
+    Example:
+        >>> [round(end, 3) for end in spread([0.8, 0.9])]
+        [0.85, 0.215, 1.485]
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if count == 1:
+        return mean, mean, mean
+    half = float(stdtrit(count - 1, 0.5 + level / 2)) * float(np.std(values, ddof=1)) / count**0.5
+    return mean, mean - half, mean + half
+
+
+class Found:
+    """All outcomes of a finished sweep by place and operation."""
+
+    def __init__(self, sweep: Sweep, journal: Journal) -> None:
+        self.sweep, self.journal = sweep, journal
+        self.choose = chooser(sweep, journal)
+        self.jobs = finished(sweep, journal)
+        self.by: dict[Key, dict[int, np.ndarray]] = {}
+        self.validation: dict[Cell, list[float]] = {}
+        for job in self.jobs:
+            split = job.splits[-1]
+            self.by.setdefault(_key(job), {})[job.seed] = journal.correct(job, split)
+            if job.operation.how == "alone" and job.seed in (sweep.tuned_on or sweep.seeds):
+                value = float(journal.correct(job, "validation").mean())
+                self.validation.setdefault(job.cell, []).append(value)
+
+    @property
+    def chosen(self) -> list[Cell]:
+        """The places with the chosen rate, in order."""
+        places = dict.fromkeys((cell.axes, cell.task) for cell in cells(self.sweep))
+        return [self._at(arm, *place) for place in places for arm in self.sweep.arms]
+
+    def first(self, cell: Cell) -> Cell:
+        """The place of the first arm that a place is compared with, at that arm's own choice."""
+        return self._at(next(iter(self.sweep.arms)), cell.axes, cell.task)
+
+    def _at(self, arm: str, axes: tuple[str, ...], task: str) -> Cell:
+        return Cell(arm, axes, task, self.choose(Cell(arm, axes, task, 0.0)))
+
+
+def _key(job: Job) -> Key:
+    return job.cell, job.operation.name
+
+
+def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int) -> Report:
+    """The report of a sweep whose jobs are all done."""
+    found = Found(sweep, journal)
+    names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
+    panels: list[Panel] = [_rates(found), _all(found, names)]
+    if len(sweep.arms) > 1:
+        panels.append(_against(found, names))
+    panels += [panel for panel in (_barriers(found),) if panel is not None]
+    panels += _paths(found)
+    panels += _maps(found, names)
+    panels.append(_time(found))
+    about = {
+        "sweep": sweep.model_dump(mode="json", exclude={"recipe"}) | {"recipe": sweep.recipe.name},
+        "version": __version__,
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "seconds of the last call": round(seconds, 1),
+        "processes of the last call": processes,
+        "jobs": len(found.jobs),
+    }
+    return Report(sweep.title, _summary(found), tuple(panels), run=about, records=tuple(_records(found)))
+
+
+def _where(sweep: Sweep, cell: Cell) -> tuple[Any, ...]:
+    values = [json.loads(value) for value in cell.axes]
+    told = [
+        value if isinstance(value, str | int | float) else text for value, text in zip(values, cell.axes, strict=True)
+    ]
+    return (*told, cell.task)
+
+
+def _columns(sweep: Sweep) -> tuple[str, ...]:
+    return (*(key.rsplit(".", 1)[-1] for key in sweep.axes), "task")
+
+
+def _rates(found: Found) -> Table:
+    sweep = found.sweep
+    rows = []
+    for cell in found.chosen:
+        edge = cell.rate in (min(sweep.rates), max(sweep.rates)) and len(sweep.rates) > 1
+        mean = float(np.mean(found.validation[cell]))
+        rows.append((*_where(sweep, cell), cell.arm, cell.rate, round(mean, 4), "yes" if edge else ""))
+    return Table(
+        "Learning rates chosen on validation",
+        (*_columns(sweep), "arm", "rate", "validation", "at the end of the grid"),
+        tuple(rows),
+        note=f"Every arm chose from {', '.join(f'{rate:g}' for rate in sweep.rates)}, by the mean of its seeds "
+        f"{', '.join(map(str, sweep.tuned_on or sweep.seeds))}. At an end of the grid a better rate may lie beyond.",
+    )
+
+
+def _all(found: Found, names: Sequence[str]) -> Table:
+    rows = []
+    for cell in found.chosen:
+        for name in names:
+            if outcomes := found.by.get((cell, name)):
+                mean, low, high = spread([float(one.mean()) for one in outcomes.values()])
+                told = (round(mean, 4), round(low, 4), round(high, 4), len(outcomes))
+                rows.append((*_where(found.sweep, cell), name, cell.arm, *told))
+    return Table(
+        "Accuracy at the chosen rates",
+        (*_columns(found.sweep), "measurement", "arm", "mean", "low", "high", "n"),
+        tuple(rows),
+        note="Student's 95 % interval over n seeds (or groups of seeds, which overlap for three and more seeds).",
+    )
+
+
+def _against(found: Found, names: Sequence[str]) -> Table:
+    rows = []
+    for cell in found.chosen:
+        other = found.first(cell)
+        for name in names if other.arm != cell.arm else ():
+            gap = _gap(found.by.get((cell, name)), found.by.get((other, name)))
+            if gap is not None:
+                rows.append((*_where(found.sweep, cell), name, cell.arm, *gap))
+    reference = next(iter(found.sweep.arms))
+    told = ("difference", "low, seeds", "high, seeds", "low, examples", "high, examples")
+    return Table(
+        f"Against {reference}",
+        (*_columns(found.sweep), "measurement", "arm", *told),
+        tuple(rows),
+        note=f"Accuracy minus that of {reference} on the same examples and seeds, each arm at its own chosen rate. "
+        "95 % intervals: Student's over seeds, and a paired bootstrap over examples for these seeds.",
+    )
+
+
+def _gap(one: Outcomes | None, other: Outcomes | None) -> tuple[float, ...] | None:
+    """Mean difference with both intervals, over the seeds that both have."""
+    shared = [seed for seed in one or {} if seed in (other or {})]
+    if one is None or other is None or not shared:
+        return None
+    mean, low, high = spread([float(one[seed].mean() - other[seed].mean()) for seed in shared])
+    pooled = difference(*(np.mean([each[seed] for seed in shared], axis=0) for each in (one, other)))
+    return tuple(round(value, 4) for value in (mean, low, high, pooled.low, pooled.high))
+
+
+def _barriers(found: Found) -> Table | None:
+    """How far the path between two seeds sags below the line between its ends."""
+    asked = found.sweep.measure.interpolate
+    rows = []
+    for cell in found.chosen if asked else ():
+        seeds = found.sweep.seeds
+        after = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+        for space in asked.spaces if asked else ():
+            heights = []
+            points = [one for one in operations(found.sweep) if one.arguments.get("space") == space]
+            path = [(one.arguments["at"], found.by[cell, one.name]) for one in points if one.how == "interpolate"]
+            for seed in path[0][1]:
+                ends = [float(found.by[cell, "alone"][end].mean()) for end in (seed, after[seed])]
+                sag = [
+                    (1 - at) * ends[0] + at * ends[1] - float(outcomes[seed].mean())
+                    for at, outcomes in path
+                    if seed in outcomes
+                ]
+                heights.append(max(sag))
+            told = tuple(round(value, 4) for value in spread(heights))
+            rows.append((*_where(found.sweep, cell), space, cell.arm, *told, len(heights)))
+    if not rows:
+        return None
+    return Table(
+        "Barriers between seeds",
+        (*_columns(found.sweep), "space", "arm", "height", "low", "high", "n"),
+        tuple(rows),
+        note="The most that accuracy on the path between two seeds lies below the line between its ends; below 0 the "
+        "path is above the line at every point that was measured.",
+    )
+
+
+def _paths(found: Found) -> Iterator[Panel]:
+    asked = found.sweep.measure.interpolate
+    if asked is None or len(asked.at) < 2:
+        return
+    places = dict.fromkeys((cell.axes, cell.task) for cell in found.chosen)
+    for place in places:
+        series = []
+        for cell in found.chosen:
+            if (cell.axes, cell.task) != place:
+                continue
+            for space in asked.spaces:
+                points = [one for one in operations(found.sweep) if one.arguments.get("space") == space]
+                points = sorted(
+                    (one for one in points if one.how == "interpolate"), key=lambda one: one.arguments["at"]
+                )
+                values = [spread([float(o.mean()) for o in found.by[cell, one.name].values()])[0] for one in points]
+                series.append(
+                    Series(f"{cell.arm}, {space}", tuple(one.arguments["at"] for one in points), tuple(values))
+                )
+        title = f"Between two seeds: {', '.join(map(str, (*place[0], place[1])))}"
+        yield Curve(title, "position between the two adapters", "accuracy", tuple(series), note="Means over pairs.")
+
+
+def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
+    """Where every rate was measured: accuracy by rate, alone and after each operation."""
+    sweep = found.sweep
+    if len(sweep.rates) < 2:
+        return
+    shown = [name for name in names if sweep.measure.rates == "all" or name == "alone"]
+    places = list(dict.fromkeys((cell.axes, cell.task) for cell in found.validation))
+    for name in shown:
+        for arm in sweep.arms:
+            rows = [
+                [found.by.get((Cell(arm, axes, task, rate), name)) for rate in sweep.rates] for axes, task in places
+            ]
+            values = tuple(
+                tuple(None if not one else spread([float(o.mean()) for o in one.values()])[0] for one in row)
+                for row in rows
+            )
+            labels = tuple(", ".join([*axes, task]) for axes, task in places)
+            if any(value is not None for row in values for value in row):
+                yield Heatmap(f"{name}: {arm}", "learning rate", "place", sweep.rates, labels, values)
+
+
+def _time(found: Found) -> Table:
+    rows = []
+    for arm in found.sweep.arms:
+        told = [found.journal.get(job) or {} for job in found.jobs if job.cell.arm == arm]
+        times = [one["seconds"] for one in told if one.get("seconds") is not None]
+        rows.append(
+            (arm, len(times), round(float(np.mean(times)), 1) if times else None, sum(one["broken"] for one in told))
+        )
+    return Table(
+        "Training time",
+        ("arm", "runs", "seconds a run", "jobs without finite weights"),
+        tuple(rows),
+        note="Wall time on a machine that others may have used too. Where weights are not finite, no answer is right.",
+    )
+
+
+def _summary(found: Found) -> str:
+    """What came out, in words that follow from the numbers alone."""
+    sweep, reference = found.sweep, next(iter(found.sweep.arms))
+    text = f"{len(found.jobs)} jobs; {len(sweep.seeds)} seeds; learning rate of each arm chosen on validation."
+    names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
+    for arm in list(sweep.arms)[1:]:
+        cells = [cell for cell in found.chosen if cell.arm == arm]
+        gaps = [_gap(found.by.get((c, name)), found.by.get((found.first(c), name))) for c in cells for name in names]
+        told = [gap for gap in gaps if gap is not None]
+        better, worse = sum(gap[1] > 0 for gap in told), sum(gap[2] < 0 for gap in told)
+        text += (
+            f" Of {len(told)} measurements {arm} is better than {reference} beyond the interval over seeds in "
+            f"{better}, worse in {worse}, and not told apart in {len(told) - better - worse}."
+        )
+    return text
+
+
+def _records(found: Found) -> Iterator[dict[str, Any]]:
+    for (cell, name), outcomes in found.by.items():
+        where = dict(zip(_columns(found.sweep), _where(found.sweep, cell), strict=True))
+        values = {str(seed): float(one.mean()) for seed, one in outcomes.items()}
+        yield {
+            **where,
+            "arm": cell.arm,
+            "rate": cell.rate,
+            "measurement": name,
+            "examples": len(next(iter(outcomes.values()))),
+            "by_seed": values,
+            "chosen": cell.rate == found.choose(cell),
+        }

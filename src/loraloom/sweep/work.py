@@ -1,0 +1,226 @@
+"""Jobs done by any number of processes that share a folder, each job once, whatever dies in between.
+
+A process claims a job by a lock on a file. The system lets go of the lock when the process ends, however it ends, so no
+claim outlives its owner. What a job found is a file of the journal, written whole or not at all; nothing in the journal
+is ever changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraloom.adapter import Adapter
+from loraloom.recipe import Recipe, read_task
+from loraloom.registry import edge
+from loraloom.report import replace_file
+from loraloom.run import bench_of, train_on
+from loraloom.store import load
+from loraloom.sweep.plan import Cell, Job, Sweep, phases, run_key
+
+_PAUSE = 0.5  # seconds between looks at the journal while others do the last jobs of a part
+Say = Callable[[str], None]
+
+
+class Journal:
+    """What jobs found, one file each, by the key of the job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._read: dict[str, Mapping[str, Any]] = {}
+
+    def get(self, job: Job) -> Mapping[str, Any] | None:
+        """What a job found, or None if it is not done.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if job.key not in self._read:
+            path = self.folder / f"{job.key}.json"
+            if not path.is_file():
+                return None
+            try:
+                self._read[job.key] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove it, and the job is done again") from None
+        return self._read[job.key]
+
+    def put(self, job: Job, found: Mapping[str, Any]) -> None:
+        """Keep what a job found."""
+        replace_file(self.folder / f"{job.key}.json", json.dumps(found) + "\n")
+
+    def correct(self, job: Job, split: str) -> np.ndarray:
+        """Which examples of a split were right, as 0 and 1."""
+        found = self.get(job)
+        assert found is not None, "asked before it is done"
+        return np.frombuffer(found["scores"][split].encode(), dtype=np.uint8) - ord("0")
+
+
+def chooser(sweep: Sweep, journal: Journal) -> Callable[[Cell], float]:
+    """The learning rate of an arm on a task: of the best mean accuracy on validation; of equal ones the smallest."""
+    seeds = sweep.tuned_on or sweep.seeds
+
+    @cache
+    def best() -> dict[Any, dict[float, float]]:
+        means: dict[Any, dict[float, float]] = defaultdict(lambda: defaultdict(float))
+        for job in next(phases(sweep, lambda cell: cell.rate)):
+            if job.operation.how == "alone" and job.seed in seeds:
+                means[job.cell.place][job.cell.rate] += journal.correct(job, "validation").mean() / len(seeds)
+        return means
+
+    def choose(cell: Cell) -> float:
+        found = best()[cell.place]
+        return max(sorted(found), key=lambda rate: round(found[rate], 9))
+
+    return choose
+
+
+class Worker:
+    """One process's part of a sweep; the model and the data of each task are loaded once."""
+
+    def __init__(self, sweep: Sweep, folder: Path, *, processes: int = 1, say: Say | None = None) -> None:
+        self.sweep, self.folder, self.processes, self.say = sweep, folder, processes, say
+        self.journal = Journal(folder / "journal")
+        self._benches: dict[Any, Any] = {}
+        self._named: list[Job] = []  # all jobs that can be named so far
+        self._all = Counter(_kind(job) for jobs in phases(sweep, lambda cell: sweep.rates[0]) for job in jobs)
+
+    def complete(self) -> None:
+        """Work until every job of the sweep is done, here or elsewhere."""
+        for jobs in phases(self.sweep, chooser(self.sweep, self.journal)):
+            self._named += jobs
+            left = list(jobs)
+            while left:
+                before = len(left)
+                left = [job for job in left if not self._done(job)]
+                if len(left) == before:
+                    time.sleep(_PAUSE)
+
+    def _done(self, job: Job) -> bool:
+        """Whether a job is done, after trying to do it."""
+        if self.journal.get(job) is not None:
+            return True
+        with claimed(self.folder / "claims" / job.key) as mine:
+            if not mine:
+                return False
+            if self.journal.get(job) is None:  # else another one was faster, between the look and the claim
+                began = time.perf_counter()
+                found = self._do(job)
+                self.journal.put(job, {**found, "took": time.perf_counter() - began})
+                if self.say is not None:
+                    self.say(self._progress(job))
+        return True
+
+    def _do(self, job: Job) -> dict[str, Any]:
+        """Train or combine, and score. Where weights are no longer finite, no answer is right."""
+        bench = self._bench(job.sources[0].model_copy(update={"task": read_task(job.cell.task)}))
+        adapter, seconds, broken = self._adapter(bench, job)
+        scores = {}
+        for split in job.splits:
+            count = len(bench.task.splits[split][: job.limit])
+            correct = [False] * count if broken else bench.evaluate(adapter, split, job.limit).correct
+            scores[split] = "".join(str(int(one)) for one in correct)
+        cell, seeds = job.cell, [one.seed for one in job.sources]
+        told = {"operation": job.operation.name, "arm": cell.arm, "task": cell.task, "rate": cell.rate, "seeds": seeds}
+        return {**told, "seconds": seconds, "broken": broken, "scores": scores}
+
+    def _adapter(self, bench: Any, job: Job) -> tuple[Adapter | None, float | None, bool]:
+        """What is scored, the seconds of its training, and whether training broke down."""
+        if job.operation.how == "base":
+            return None, None, False
+        if job.operation.how == "alone":
+            try:
+                return *self._train(bench, job.sources[0]), False
+            except ValueError as error:
+                if "NaN or infinite" not in str(error):
+                    raise
+                return None, None, True
+        places = [self._place(one) for one in job.sources]
+        if not all(place.exists() for place in places):
+            return None, None, True
+        return job.operation.applied([load(place) for place in places]).loaded(), None, False
+
+    def _place(self, recipe: Recipe) -> Path:
+        return self.folder / "adapters" / run_key(recipe)
+
+    def _train(self, bench: Any, recipe: Recipe) -> tuple[Adapter, float]:
+        one = recipe.model_copy(update={"output": self._place(recipe)})
+        work = self.folder / "work" / run_key(recipe)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        trained = train_on(bench, one, work=work, resume=False, progress=False, overwrite=True)
+        shutil.rmtree(work)
+        if trained.adapter is None:
+            raise ValueError("a sweep is over adapters; adapter.kind none trains none")
+        return trained.adapter.loaded(), trained.seconds
+
+    def _bench(self, recipe: Recipe) -> Any:
+        """The model, set up for the recipe's task; of one model there is one copy."""
+        model, data = (recipe.model, recipe.dtype), recipe.data.model_dump()
+        key = (*model, str(recipe.task), str(data))
+        if model not in self._benches:
+            self._benches[model] = bench_of(recipe)
+        if key not in self._benches:
+            first = self._benches[model]
+            live = {"family": first.family, "processor": first.processor}
+            made = edge("scoring").bench(first.model, recipe.task, **live, **data)
+            self._benches[key] = replace(made, name=first.name)
+        return self._benches[key]
+
+    def _progress(self, job: Job) -> str:
+        """A line on a finished job: how many are done, what it found, how long all may take yet."""
+        times: dict[Any, list[float]] = defaultdict(list)
+        for one in self._named:
+            if found := self.journal.get(one):
+                times[_kind(one)].append(found["took"])
+        done = [took for kind in times.values() for took in kind]
+        left = sum(
+            (count - len(times[kind])) * float(np.mean(times[kind] or done)) for kind, count in self._all.items()
+        )
+        where = [job.cell.arm, *job.cell.axes, job.cell.task, f"rate {job.cell.rate:g}", f"seed {job.seed}"]
+        value = self.journal.correct(job, job.splits[-1]).mean()
+        rest = timedelta(seconds=round(left / self.processes))
+        return (
+            f"[{len(done)}/{self._all.total()}] {' '.join(where)}, {job.operation.name}: "
+            f"{value:.3f} on {job.splits[-1]}; about {rest} left"
+        )
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether a job is ours while the block runs; False where another process, on any machine, has it.
+
+    Raises:
+        OSError: the folder's file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _kind(job: Job) -> Any:
+    """Jobs of one kind take about the same time."""
+    return job.operation.how == "alone", job.cell.axes
+
+
+def finished(sweep: Sweep, journal: Journal) -> list[Job]:
+    """All jobs of a sweep that is done."""
+    return [job for jobs in phases(sweep, chooser(sweep, journal)) for job in jobs]

@@ -1,0 +1,45 @@
+"""``loraloom sweep`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="module")
+def table(world):
+    asked = {"recipe": "recipe.yaml", "arms": {"CoTo": {}}, "seeds": [0], "rates": [0.01], "limit": 10}
+    (world / "sweep.yaml").write_text(yaml.safe_dump({**asked, "measure": {"prune": [{"keep": "low"}]}}))
+    return "sweep.yaml"
+
+
+def test_a_table_becomes_a_page(loraloom, world, table):
+    done = loraloom("sweep", table, "-o", "swept")
+    assert done.returncode == 0, done.stderr
+    assert [line[:5] for line in done.stdout.splitlines()[:3]] == ["[1/3]", "[2/3]", "[3/3]"]
+    again = loraloom("sweep", table, "-o", "swept")
+    assert (again.returncode, again.stderr) == (
+        2,
+        "loraloom sweep: swept exists; go on with --resume, or choose another folder\n",
+    )
+    page = loraloom("report", "swept", "-o", "swept.html")
+    assert page.returncode == 0 and (world / "swept.html").stat().st_size > 10_000
+    adapter = next((world / "swept" / "adapters").iterdir())
+    assert json.loads(loraloom("inspect", str(adapter), "--json").stdout)[0]["kind"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("recipe: recipe.yaml\narms: {a: {}}\nrates: [1e-2]\nseed: [1]\n", "seed is not known (did you mean 'seeds'?)"),
+        ("- 1", "a mapping of keys is needed, got list"),
+        ("recipe: [", "not YAML"),
+    ],
+)
+def test_a_wrong_table_is_one_line(loraloom, world, text, said):
+    (world / "wrong.yaml").write_text(text)
+    done = loraloom("sweep", "wrong.yaml", "-o", "wrong")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (world / "wrong").exists()

@@ -1,0 +1,335 @@
+"""Sweeps: what a table asks for is done once, the same whoever does it, and told with its spread."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from loraloom import report, sweep
+from loraloom.recipe import parse
+from loraloom.run import bench_of
+from loraloom.store import load
+from loraloom.sweep.plan import cells, groups, operations, phases, run_key, run_of
+from loraloom.sweep.results import spread
+from loraloom.sweep.work import Journal, Worker, chooser, claimed
+from tiny_vision import recipe_content, tiny_model  # noqa: F401
+
+TABLE = {
+    "title": "Tiny",
+    "recipe": "recipe.yaml",
+    "arms": {"LoRA": {"strategy": {"name": "none"}}, "CoTo": {"strategy.name": "coto"}},
+    "tasks": ["digits"],
+    "seeds": [0, 1],
+    "rates": ["1e-2", 0.03],
+    "tuned_on": [0],
+    "limit": 20,
+    "threads": 1,
+    "measure": {
+        "interpolate": {"at": [0.0, 0.5]},
+        "merge": [{"weights": [1, 2], "space": "delta"}],
+        "prune": [{"keep": "every-other"}, {"density": 0.5}],
+    },
+}
+
+
+def written(folder: Path, content: dict, **changes: object) -> Path:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**TABLE, **changes}, sort_keys=False))
+    return folder / "sweep.yaml"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory, recipe_content: dict) -> Path:  # noqa: F811
+    return written(tmp_path_factory.mktemp("table"), recipe_content)
+
+
+@pytest.fixture(scope="module")
+def done(table: Path) -> tuple[sweep.Sweep, Path, list[str]]:
+    """The table run by one process."""
+    said: list[str] = []
+    made = sweep.read(table)
+    sweep.run(made, table.parent / "done", say=said.append)
+    return made, table.parent / "done", said
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / report.files.RESULTS).read_text())
+
+
+def test_every_job_is_done_once_and_counted(done) -> None:
+    _, folder, said = done
+    # 1 frozen, 2 arms x 2 rates on seed 0, seed 1 at the chosen rates, then 2 arms x (2 spaces x 2 points, a merge, 2
+    # prunings), on each seed or pair; half way the two pairs are one.
+    jobs = 1 + 4 + 2 + 2 * (2 * (2 + 1) + 2 + 2 * 2)
+    assert len(list((folder / "journal").iterdir())) == jobs
+    assert (
+        said[0].startswith(f"[1/{jobs}] ") and said[-2].startswith(f"[{jobs}/{jobs}] ") and "0:00:00 left" in said[-2]
+    )
+    assert len(list((folder / "adapters").iterdir())) == 6
+    assert results(folder)["run"]["jobs"] == jobs
+
+
+def test_an_adapter_is_the_recipe_s_and_its_score_the_bench_s(done) -> None:
+    made, folder, _ = done
+    jobs = [job for part in phases(made, lambda cell: cell.rate) for job in part]
+    job = next(job for job in jobs if job.cell.arm == "CoTo" and job.operation.how == "alone")
+    assert job.sources[0].strategy.name == "coto"
+    adapter = load(folder / "adapters" / run_key(job.sources[0]))
+    assert adapter.provenance["arguments"]["train"]["learning_rate"] == 0.01
+    expected = bench_of(job.sources[0]).evaluate(adapter, "test", 20).correct
+    assert Journal(folder / "journal").correct(job, "test").tolist() == list(expected)
+
+
+def test_an_operation_is_on_the_seeds_that_it_says(done) -> None:
+    made, folder, _ = done
+    journal = Journal(folder / "journal")
+    choose = chooser(made, journal)
+    jobs = [job for part in phases(made, choose) for job in part]
+    alone = {(job.cell, job.seed): job for job in jobs if job.operation.how == "alone"}
+    at_start = [job for job in jobs if job.operation.name == "at 0, factors"]
+    assert sorted((job.cell.arm, job.seed) for job in at_start) == [("CoTo", 0), ("CoTo", 1), ("LoRA", 0), ("LoRA", 1)]
+    for job in at_start:  # the start of a path is its first adapter
+        assert (journal.correct(job, "test") == journal.correct(alone[job.cell, job.seed], "test")).all()
+    merged = next(job for job in jobs if job.operation.name == "merge 1:2, linear delta")
+    assert merged.operation.arguments["weights"] == [1 / 3, 2 / 3]
+    assert [source.seed for source in merged.sources] == [0, 1]
+
+
+def test_the_rate_is_chosen_on_validation_of_the_tuning_seeds(table: Path, tmp_path: Path) -> None:
+    made = sweep.read(table)
+    journal = Journal(tmp_path)
+    value = {("LoRA", 0.01): 2, ("LoRA", 0.03): 3, ("CoTo", 0.01): 3, ("CoTo", 0.03): 3}
+    for job in next(phases(made, lambda cell: cell.rate)):
+        right = value[job.cell.arm, job.cell.rate]
+        scores = {"test": "1" * (5 - right) + "0" * right, "validation": "1" * right + "0" * (5 - right)}
+        journal.put(job, {"scores": scores, "took": 1.0})
+    choose = chooser(made, journal)
+    assert [choose(cell) for cell in cells(made)] == [0.03, 0.01, 0.03, 0.01]  # equal ones: the smallest
+
+
+def test_processes_share_a_folder(table: Path, done, recipe_content: dict, tmp_path: Path) -> None:  # noqa: F811
+    """A part of the table, done by two: each job is in the journal as one process found it."""
+    arms = {"LoRA": {"strategy": {"name": "none"}}}
+    few = sweep.read(written(tmp_path, recipe_content, arms=arms, rates=[0.01], measure={}))
+    sweep.run(few, tmp_path / "out", jobs=2, say=lambda line: None)
+    one, two = done[1] / "journal", tmp_path / "out" / "journal"
+    assert len(list(two.iterdir())) == 3  # the frozen model and two seeds
+    for path in two.iterdir():
+        assert scores(path) == scores(one / path.name)
+
+
+def scores(path: Path) -> dict:
+    return json.loads(path.read_text())["scores"]
+
+
+def test_a_job_that_another_one_has_is_waited_for(done, tmp_path: Path) -> None:
+    made, folder, _ = done
+    shutil.copytree(folder / "journal", tmp_path / "journal")
+    job = next(phases(made, lambda cell: cell.rate))[0]
+    kept = tmp_path / "journal" / f"{job.key}.json"
+    text = kept.read_text()
+    kept.unlink()
+    held = multiprocessing.Event()
+    child = multiprocessing.get_context("fork").Process(
+        target=_hold, args=(tmp_path / "claims" / job.key, kept, text, held)
+    )
+    child.start()
+    held.wait()
+    said: list[str] = []
+    Worker(made, tmp_path, say=said.append).complete()
+    child.join()
+    assert said == [] and kept.read_text() == text
+
+
+def _hold(claim: Path, kept: Path, text: str, held: object) -> None:
+    with claimed(claim) as mine:
+        assert mine
+        held.set()
+        time.sleep(0.3)
+        kept.write_text(text)
+
+
+def test_a_rank_works_by_itself_and_the_first_one_reports(done, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, folder, _ = done
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = (folder / report.files.RESULTS).stat().st_mtime_ns
+    said: list[str] = []
+    sweep.run(made, folder, say=said.append)  # not refused: that is for the first rank to do
+    assert said == [] and (folder / report.files.RESULTS).stat().st_mtime_ns == before
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & set(os.environ)
+
+
+def test_a_sweep_goes_on_with_what_is_done(done, capsys) -> None:
+    made, folder, _ = done
+    with pytest.raises(FileExistsError, match="--resume"):
+        sweep.run(made, folder)
+    before = results(folder)["records"]
+    journal = sorted((folder / "journal").iterdir())
+    stamps = {path: path.stat().st_mtime_ns for path in journal}
+    lost = next(path for path in journal if "every-other" in path.read_text())
+    lost.unlink()
+    said: list[str] = []
+    sweep.run(made, folder, resume=True, say=said.append)
+    assert len(said) == 2 and "every-other" in said[0]  # one job, and the end
+    assert {path: path.stat().st_mtime_ns for path in journal if path != lost} == {
+        path: stamp for path, stamp in stamps.items() if path != lost
+    }
+    assert results(folder)["records"] == before
+
+
+def test_a_changed_sweep_shares_what_is_the_same(table: Path) -> None:
+    made = sweep.read(table)
+    more = made.model_copy(update={"seeds": (0, 1, 2), "rates": (0.01, 0.03, 0.1)})
+    keys = [{job.key for part in phases(one, lambda cell: 0.01) for job in part} for one in (made, more)]
+    assert len(keys[0] - keys[1]) == 6  # of two arms, those that take seeds 1 and 0: seed 1 goes with seed 2 now
+    limited = made.model_copy(update={"limit": 10})
+    assert not keys[0] & {job.key for part in phases(limited, lambda cell: 0.01) for job in part}
+
+
+def test_a_claim_is_one_s_own_and_ends_with_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "claims" / "a"
+    with claimed(path) as first, claimed(path) as second:
+        assert (first, second) == (True, False)
+    child = multiprocessing.get_context("fork").Process(target=_die_with, args=(path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -9
+    with claimed(path) as mine:
+        assert mine
+
+
+def _die_with(path: Path) -> None:
+    with claimed(path) as mine:
+        assert mine
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_tasks_are_merged_at_each_one_s_own_rate(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    made = sweep.read(
+        written(tmp_path, recipe_content, tasks=["digits", "fashion-mnist"], measure={"tasks": [{"method": "ties"}]})
+    )
+    part = list(phases(made, lambda cell: 0.01 if cell.task == "digits" else 0.03))[-1]
+    assert [(job.cell.arm, job.cell.task, job.seed) for job in part[:4]] == [
+        ("LoRA", "digits", 0),
+        ("LoRA", "digits", 1),
+        ("CoTo", "digits", 0),
+        ("CoTo", "digits", 1),
+    ]
+    assert {tuple((str(r.task), r.train.learning_rate) for r in job.sources) for job in part} == {
+        (("digits", 0.01), ("fashion-mnist", 0.03))
+    }
+    assert len({job.key for job in part}) == 8  # the same merge is scored on two tasks
+
+
+def test_a_run_that_breaks_down_has_no_right_answer(
+    table: Path,
+    recipe_content: dict,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loraloom.sweep import work
+
+    def breaks(bench, recipe, **options):
+        if recipe.train.learning_rate == 0.03:
+            raise ValueError("module layer.0 has NaN or infinite entries")
+        return train_on(bench, recipe, **options)
+
+    train_on = work.train_on
+    monkeypatch.setattr(work, "train_on", breaks)
+    measure = {"rates": "all", "interpolate": {"at": [0.5], "spaces": ["delta"]}}
+    made = sweep.read(written(tmp_path, recipe_content, arms={"LoRA": {}}, measure=measure))
+    found = sweep.run(made, tmp_path / "out", say=lambda line: None)
+    by = {(record["measurement"], record["rate"]): record for record in found.records}
+    assert by["alone", 0.03]["by_seed"] == {"0": 0.0, "1": 0.0} and by["half way, delta", 0.03]["by_seed"] == {"0": 0.0}
+    assert by["alone", 0.01]["chosen"] and not by["alone", 0.03]["chosen"]
+    assert found.panels[-1].rows[0][-1] == 3
+
+
+def test_an_axis_is_a_key_of_the_recipe(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    made = sweep.read(
+        written(tmp_path, recipe_content, axes={"train.steps": [3, 6], "adapter.target_modules": [["query"]]})
+    )
+    runs = [run_of(made, cell, 1) for cell in cells(made)]
+    assert {(run.train.steps, run.adapter.target_modules, run.seed) for run in runs} == {
+        (3, ("query",), 1),
+        (6, ("query",), 1),
+    }
+
+
+def test_groups_are_consecutive_seeds(table: Path) -> None:
+    made = sweep.read(table).model_copy(update={"seeds": (0, 1, 2)})
+    by = {operation.name: groups(made, operation) for operation in operations(made)}
+    assert by["half way, delta"] == [(0, 1), (1, 2), (2, 0)]
+    assert by["kept: every-other"] == [(0,), (1,), (2,)]
+
+
+WRONG = {
+    "an unknown key": ({"rate": [1]}, "rate is not known (did you mean 'rates'?)"),
+    "an unknown key of a merge": (
+        {"measure": {"merge": [{"weights": [1, 1], "metod": "ties"}]}},
+        "measure.merge.0.metod is not known (did you mean 'method'?); allowed: method, space, options, weights",
+    ),
+    "an unknown key of a path": ({"measure": {"interpolate": {"points": 3}}}, "allowed: at, spaces"),
+    "an unknown key of an arm": ({"arms": {"X": {"strategy.nam": "coto"}}}, "arm X: recipe"),
+    "an unknown method": ({"measure": {"merge": [{"weights": [1, 1], "method": "teis"}]}}, "'teis'"),
+    "an argument that the method has not": (
+        {"measure": {"merge": [{"weights": [1, 1], "method": "linear", "options": {"density": 0.2}}]}},
+        "merge 1:1, linear density 0.2: ",
+    ),
+    "a seed twice": ({"seeds": [1, 1]}, "seeds has a value twice: [1, 1]"),
+    "too few seeds": ({"seeds": [0], "tuned_on": [0]}, "measure needs 2 seeds"),
+    "a tuning seed that is none": ({"tuned_on": [7]}, "tuned_on has seed 7"),
+    "one task": ({"measure": {"tasks": [{}]}}, "fewer than two"),
+    "a rate of 0": ({"rates": [0]}, "rates.0"),
+    "no arms": ({"arms": {}}, "arms"),
+    "a density of 0": ({"measure": {"prune": [{"density": 0}]}}, "measure.prune.0.density"),
+    "no recipe": ({"recipe": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_sweep_is_one_line(tmp_path: Path, recipe_content: dict, changes: dict, said: str) -> None:  # noqa: F811
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        sweep.read(written(tmp_path, recipe_content, **changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_journal_names_the_file(done) -> None:
+    made, folder, _ = done
+    job = next(phases(made, lambda cell: cell.rate))[0]
+    path = folder / "journal" / f"{job.key}.json"
+    kept = path.read_text()
+    path.write_text(kept[:20])
+    try:
+        with pytest.raises(ValueError, match=rf"{job.key}\.json is damaged"):
+            Journal(folder / "journal").get(job)
+    finally:
+        path.write_text(kept)
+
+
+def test_the_interval_is_student_s() -> None:
+    """Against the textbook's quantile of 4 degrees of freedom, 2.776."""
+    values = [0.7, 0.8, 0.75, 0.9, 0.6]
+    mean, low, high = spread(values)
+    assert mean == pytest.approx(0.75)
+    assert high - mean == pytest.approx(2.776 * np.std(values, ddof=1) / 5**0.5, rel=1e-3)
+    assert mean - low == pytest.approx(high - mean)
+
+
+def test_bundled_sweeps_are_valid() -> None:
+    folder = Path(__file__).parents[1] / "recipes" / "small"
+    found = sorted(folder.glob("sweep-*.yaml"))
+    assert found
+    for path in found:
+        made = sweep.read(path)
+        assert parse(run_of(made, next(cells(made)), 0).model_dump(mode="json"))
