@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ class Snapshot:
             for key, value in vars(module).items()
         }
 
+    def same(self, other: Snapshot) -> bool:
+        """Whether both are of the same model in the same state: the same objects, flags and memory throughout."""
+        pairs = zip(self._modules, other._modules, strict=False)
+        return (
+            len(self._modules) == len(other._modules)
+            and all(one is two and _alike(mine, theirs) for (one, mine), (two, theirs) in pairs)
+            and [_place(data) for *_, data in self._grads] == [_place(data) for *_, data in other._grads]
+            and _unchanged(self._config, other._config)
+        )
+
     def restore(self) -> None:
         """Put every module, parameter, flag and hook back."""
         for module, attributes in self._modules:
@@ -58,6 +69,32 @@ class Snapshot:
             config, content = self._config
             vars(config).clear()
             vars(config).update(content)
+
+
+def _alike(mine: Mapping[str, tuple[Any, Any]], theirs: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether two modules' attributes are the same objects and their containers hold the same objects."""
+    return mine.keys() == theirs.keys() and all(
+        value is theirs[key][0] and _holding(content) == _holding(theirs[key][1])
+        for key, (value, content) in mine.items()
+    )
+
+
+def _holding(content: Any) -> Any:
+    """What a container holds, by identity."""
+    if isinstance(content, dict):
+        return [(key, id(value)) for key, value in content.items()]
+    return content
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies and how it is read; that of a tensor without memory is its own."""
+    return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _unchanged(mine: tuple[Any, dict[str, Any]] | None, theirs: tuple[Any, dict[str, Any]] | None) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    return mine[0] is theirs[0] and _holding(mine[1]) == _holding(theirs[1])
 
 
 def _peft_config(model: nn.Module, content: Mapping[str, Any]) -> Any:
@@ -82,7 +119,36 @@ def _peft_config(model: nn.Module, content: Mapping[str, Any]) -> Any:
     return kind(**chosen)
 
 
-def put_on(model: nn.Module, adapter: Adapter, **changes: Any) -> nn.Module:
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An adapter as PEFT takes it.
+
+    Attributes:
+        adapter: its modules as PEFT stores them.
+        config: a configuration that gives each module its rank and scale.
+        tensors: by their names in a file.
+    """
+
+    adapter: Adapter
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def prepared(adapter: Adapter) -> Prepared:
+    """An adapter made ready to be attached, its factors read.
+
+    Raises:
+        ValueError: its configuration is no adapter's.
+    """
+    check_config(adapter.config, "configuration")
+    held = as_stored(adapter).loaded()
+    bake = not all(as_configured(held.config, name, factors) for name, factors in held.modules.items())
+    ranks = {name: factors.rank // factors.experts for name, factors in held.modules.items()}
+    config = settled(held.config, ranks, bake=bake, retarget=not knows_targets(held))
+    return Prepared(held, config, dict(to_state_dict(held, bake=bake)))
+
+
+def put_on(model: nn.Module, adapter: Adapter | Prepared, **changes: Any) -> nn.Module:
     """Attach an adapter to a base model for good; ``changes`` replace entries of its configuration.
 
     Raises:
@@ -90,12 +156,9 @@ def put_on(model: nn.Module, adapter: Adapter, **changes: Any) -> nn.Module:
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    check_config(adapter.config, "configuration")
-    held = as_stored(adapter).loaded()
-    bake = not all(as_configured(held.config, name, factors) for name, factors in held.modules.items())
-    ranks = {name: factors.rank // factors.experts for name, factors in held.modules.items()}
-    config = settled(held.config, ranks, bake=bake, retarget=not knows_targets(held))
-    tensors = dict(to_state_dict(held, bake=bake))
+    ready = adapter if isinstance(adapter, Prepared) else prepared(adapter)
+    held, config = ready.adapter, ready.config
+    tensors = {name: tensor.clone() for name, tensor in ready.tensors.items()}  # PEFT takes them as parameters
     try:
         # PEFT draws even where the drawn values are thrown away (HiRA); nobody's random stream may notice.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -162,7 +225,7 @@ def attached(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
     if adapter is None:
         yield model
         return
-    snapshot = _bare(model)
+    snapshot = bare(model)
     try:
         yield put_on(model, adapter)
     finally:
@@ -194,7 +257,7 @@ def attach(model: nn.Module, adapter: Adapter | str | Path, *, trainable: bool =
         [(1, 2), (3, 1)]
     """
     held = adapter if isinstance(adapter, Adapter) else load(adapter)
-    snapshot = _bare(model)
+    snapshot = bare(model)
     try:
         return put_on(model, held, inference_mode=not trainable)
     except BaseException:
@@ -202,8 +265,12 @@ def attach(model: nn.Module, adapter: Adapter | str | Path, *, trainable: bool =
         raise
 
 
-def _bare(model: nn.Module) -> Snapshot:
-    """The way back to a model that has no adapters."""
+def bare(model: nn.Module) -> Snapshot:
+    """The way back to a model that has no adapters.
+
+    Raises:
+        ValueError: it has some.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
