@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from integrations.test_scoring import VOCAB, Letters, text_task
 from integrations.test_statistics import ATTN, FC, UP, Q, adapter_on, causal, encoder, precise
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
 from loraloom.integrations.adapting import training
@@ -19,6 +18,7 @@ from loraloom.integrations.soup import learn_weights, loss_of, mixed
 from loraloom.ops.merge import merge
 from loraloom.registry import UnknownName
 from tiny import tiny_llama
+from tiny_text import VOCAB, Letters, text_task
 
 
 def exact(outputs, labels):

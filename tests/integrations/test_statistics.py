@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from integrations.test_scoring import VOCAB, Letters, text_task
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.integrations.peft import attached
 from loraloom.integrations.scoring import Bench, bench
@@ -18,6 +17,7 @@ from loraloom.measured import Statistics
 from loraloom.ops.merge import merge
 from loraloom.registry import UnknownName
 from tiny import tiny_llama
+from tiny_text import VOCAB, Letters, text_task
 from tiny_vision import tiny_model  # noqa: F401
 
 EMBED = "model.embed_tokens"

@@ -22,6 +22,7 @@ from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.generation import check_judge, judged
 from loraloom.integrations.likelihood import Continuation
 from loraloom.integrations.peft import attached
+from loraloom.integrations.prefix import Scores
 from loraloom.models import models
 from loraloom.registry import UnknownName
 from loraloom.tasks import Example, Task, load_task
@@ -231,20 +232,34 @@ class Bench:
 
     def evaluate(self, adapter: Adapter | None, split: str = "test", limit: int | None = None) -> Evaluation:
         """Accuracy of the base with ``adapter`` (None: the base alone) on a split, with its interval."""
+        self.ready(split, limit)
+        with attached(self.model, adapter) as model:
+            return self.outcome(model, split, limit)
+
+    def ready(self, split: str = "test", limit: int | None = None) -> Sequence[Example]:
+        """The examples of a split, once all is there to score them; the base must be bare.
+
+        Raises:
+            UnknownName: no such split.
+        """
         if split not in self.task.splits:
             raise UnknownName("split", split, list(self.task.splits))
         examples = self.task.splits[split][:limit]
         check_judge(self.task, examples, self.name, self.family)
         if not self.continues:
             _ = self.head  # made while the base is bare: it is of frozen features
-        with attached(self.model, adapter) as model:
-            training = model.training
-            model.eval()
-            if self.task.judge:
-                correct = judged(model, self.processor, self.task, examples, max_length=self.max_length)
-            else:
-                correct = self.choose(model, examples) == np.array([example.label for example in examples])
-            model.train(training)
+        return examples
+
+    def outcome(self, model: nn.Module, split: str = "test", limit: int | None = None) -> Evaluation:
+        """What :meth:`evaluate` gives, of a model that has its adapter on; :meth:`ready` comes before."""
+        examples = self.task.splits[split][:limit]
+        training = model.training
+        model.eval()
+        if self.task.judge:
+            correct = judged(model, self.processor, self.task, examples, max_length=self.max_length)
+        else:
+            correct = self.choose(model, examples) == np.array([example.label for example in examples])
+        model.train(training)
         return Evaluation(self.task.name, split, accuracy(correct), tuple(bool(c) for c in correct))
 
 
@@ -306,16 +321,16 @@ def score(
 ) -> Callable[[Adapter | None], float]:
     """A score for analyses: a function from an adapter (None: the base) to accuracy on a task.
 
-    The model is loaded once; each call attaches the adapter, evaluates and takes it off. ``options`` are those of
-    ``bench``.
+    The model is loaded once; each call attaches the adapter, evaluates and takes it off. Asked for many variants of
+    one adapter at once, as probes do, it runs what they have in common once (``integrations/prefix.py``). ``options``
+    are those of ``bench``.
 
     Example:
         >>> probe = score("vit-s14", "digits", split="validation", image_size=42)   # doctest: +SKIP
         >>> probe(ll.load("runs/coto-0")) > probe(None)                             # doctest: +SKIP
         True
     """
-    made = bench(model, task, **options)
-    return lambda adapter: made.evaluate(adapter, split, limit).value
+    return Scores(bench(model, task, **options), split, limit)
 
 
 def evaluate(
