@@ -1,0 +1,280 @@
+"""Fast paths: PEFT's LoRA, DoRA and HiRA layers compute by ``loraloom.fused`` while they train.
+
+A layer keeps its parameters, its state dict and its results; its class is replaced by a subclass that has another
+``forward``. What a fast path does not cover (several adapters at once, hooks on parts that it would pass by, quantised
+or trainable base weights, ...) takes PEFT's own code, call by call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+from weakref import ref
+
+import torch
+from peft.tuners.hira.layer import Linear as HiraLinear
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraloom import fused
+from loraloom.fused import Adapted
+
+_log = logging.getLogger(__name__)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def fast(model: nn.Module, on: bool = True) -> Any:
+    """Give the LoRA, DoRA and HiRA layers of a model their fast paths, in place; parameters and results stay.
+
+    Linear layers (and Transformers' ``Conv1D``) with frozen dense weights train by :mod:`loraloom.fused`: one node of
+    the graph a layer or a group of layers on one input, DoRA's norm without ``B A``, HiRA in one product. Rounding is
+    as PEFT's, in another order. In evaluation mode, and for all that a fast path does not cover, PEFT's own code runs;
+    the log says so, once a reason.
+
+    Args:
+        model: a PEFT model, or any model with PEFT layers in it.
+        on: False gives all layers back PEFT's own code.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no PEFT layers.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+        >>> type(fast(model).base_model.model[0]).__name__, type(fast(model, on=False).base_model.model[0]).__name__
+        ('FastLora', 'Linear')
+    """
+    tuned = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not tuned:
+        raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers; add an adapter first")
+    families: dict[str, _Siblings] = {}
+    for path, layer in tuned.items():
+        if on and type(layer) in _FAST:
+            layer.__class__ = _FAST[type(layer)]
+            layer._siblings = families.setdefault(path.rpartition(".")[0], _Siblings())
+        elif not on and type(layer) in _FAST.values():
+            layer.__class__ = type(layer).__bases__[0]
+            for name in ("_siblings", "_square"):
+                vars(layer).pop(name, None)
+    left = Counter(type(layer).__module__ + "." + type(layer).__name__ for layer in tuned.values())
+    for name in [name for name in left if on and not name.startswith(__name__)]:
+        _say(f"{left[name]} layers of {name} have no fast path")
+    return model
+
+
+class _Siblings:
+    """Layers of one parent; those that are called with the same input, one after another, are computed together.
+
+    Which they are is learned: a layer joins the one before it that was called with the very same tensor, and leaves
+    when that was in vain. What is computed ahead is held until its layer is called, or another takes the lead.
+    """
+
+    def __init__(self) -> None:
+        self.follows: dict[nn.Module, list[nn.Module]] = {}  # by the layer that is called first
+        self.lead: nn.Module | None = None
+        self.seen: tuple = (None, None)
+        self.ahead: dict[nn.Module, Tensor] = {}
+
+    def __reduce__(self) -> tuple:
+        return _Siblings, ()  # copies and pickles learn anew
+
+    def taken(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """What was computed for the layer on this input, if it was; otherwise the layer leads, or learns to follow."""
+        state = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        same = self.seen[0] is not None and self.seen[0]() is x and self.seen[1] == state
+        if same and layer in self.ahead:
+            return self.ahead.pop(layer)
+        if same and layer is not self.lead:
+            self.follows[self.lead].append(layer)  # type: ignore[index]
+            return None
+        for one in self.ahead:  # computed for nothing
+            self.follows[self.lead].remove(one)  # type: ignore[index]
+        self.lead, self.seen, self.ahead = layer, (ref(x), state), {}
+        self.follows.setdefault(layer, [])
+        return None
+
+    def others(self, layer: nn.Module) -> list[nn.Module]:
+        """Those to compute with the layer."""
+        return self.follows[layer] if layer is self.lead else []
+
+
+class FastLora(LoraLinear):
+    """PEFT's LoRA or DoRA on a linear layer, with the fast path."""
+
+    _siblings: _Siblings
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        out = _off(self, x, args, kwargs)
+        if out is None:
+            out = _together(self, x, args, kwargs, _lora, fused.lora)
+        return LoraLinear.forward(self, x, *args, **kwargs) if out is None else out
+
+
+class FastHira(HiraLinear):
+    """PEFT's HiRA on a linear layer, with the fast path."""
+
+    _siblings: _Siblings
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        out = _off(self, x, args, kwargs)
+        if out is None:
+            out = _together(self, x, args, kwargs, _hira, fused.hira)
+        return HiraLinear.forward(self, x, *args, **kwargs) if out is None else out
+
+
+_FAST: dict[type, type] = {LoraLinear: FastLora, HiraLinear: FastHira}
+
+
+def _off(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The base layer alone, where the adapter is off: no cast, nothing else."""
+    off = layer._disable_adapters and not layer.merged_adapters and not args and not kwargs
+    return layer.base_layer(x) if off else None
+
+
+def _together(
+    layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], describe: Callable, run: Callable
+) -> Tensor | None:
+    """What the fast path gives; None where PEFT's code is to run."""
+    if not (layer.training and torch.is_grad_enabled()) or layer._disable_adapters:
+        return None
+    alone = torch.compiler.is_compiling()
+    own = "an argument beside the input" if args or kwargs else describe(layer, x)
+    if isinstance(own, str):
+        if not alone:
+            _say(own)
+        return None
+    adapted, dropout, dtype = own
+    if dropout is not None:
+        return _with_dropout(layer, x, adapted, dropout, dtype)
+    if alone:
+        (out,) = run(x, [adapted], dtype=dtype)
+        return out
+    siblings = layer._siblings
+    out = siblings.taken(layer, x)
+    if out is None:
+        found = {one: describe(one, x) for one in siblings.others(layer) if type(one) is type(layer) and _open(one)}
+        fit = {one: told[0] for one, told in found.items() if _fits(told, adapted)}
+        out, *ahead = run(x, [adapted, *fit.values()], dtype=dtype)
+        siblings.ahead = dict(zip(fit, ahead, strict=True))
+    return out
+
+
+def _open(layer: Any) -> bool:
+    return layer.training and not layer._disable_adapters
+
+
+def _fits(told: tuple | str, lead: Adapted) -> bool:
+    """Whether a layer can be computed with the one that leads."""
+    return not isinstance(told, str) and told[1] is None and told[0].a.dtype == lead.a.dtype
+
+
+def _with_dropout(layer: Any, x: Tensor, one: Adapted, dropout: nn.Dropout, dtype: torch.dtype | None) -> Tensor:
+    """Layers whose update sees another input than the base does."""
+    if isinstance(layer, FastHira):
+        base = layer.base_layer(x)
+        (update,) = fused.hira(dropout(x), [one], whole=False, dtype=dtype)
+        return base + update
+    if one.magnitude is None:
+        (out,) = fused.lora(x, [one], dropout=dropout.p, dtype=dtype)
+        return out
+    with torch.no_grad():
+        norms = fused.row_norms(one.weight, one.a, one.b, one.scale, one.square).to(one.magnitude.dtype)
+    base, seen, by = layer.base_layer(x), dropout(x), one.magnitude / norms
+    update = torch.nn.functional.linear(torch.nn.functional.linear(seen.to(one.a.dtype), one.a), one.b) * one.scale
+    return (base + (by - 1) * torch.nn.functional.linear(seen, one.weight) + by * update).to(base.dtype)
+
+
+def _lora(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
+    """What the kernel needs of a LoRA layer, its dropout if it has any, and autocast's type; or why it does not fit."""
+    name = _only(layer, layer.lora_A)
+    if name is None:
+        return "several adapters at once, or none"
+    variant = layer.lora_variant.get(name)
+    if variant is not None and not isinstance(variant, DoraLinearVariant) and variant is not DoraLinearVariant:
+        return f"LoRA with {getattr(variant, '__name__', type(variant).__name__)}"
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if b.bias is not None or _hooked(a, b, dropout):
+        return "a LoRA layer with a bias or hooks on its parts"
+    weights = _frozen(layer, x, a.weight, b.weight)
+    if isinstance(weights, str):
+        return weights
+    magnitude = square = None
+    if variant is not None:
+        magnitude, square = layer.lora_magnitude_vector[name].weight, _square(layer, weights[0])
+    one = Adapted(weights[0], weights[1], a.weight, b.weight, layer.scaling[name], magnitude, square)
+    return one, _dropping(dropout), weights[2]
+
+
+def _hira(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
+    """As :func:`_lora`."""
+    name = _only(layer, layer.hira_A)
+    if name is None:
+        return "several adapters at once, or none"
+    a, b, dropout = layer.hira_A[name], layer.hira_B[name], layer.hira_dropout[name]
+    weights = _frozen(layer, x, a, b)
+    if isinstance(weights, str):
+        return weights
+    return Adapted(weights[0], weights[1], a, b), _dropping(dropout), weights[2]
+
+
+def _only(layer: Any, there: Any) -> str | None:
+    names = layer.active_adapters
+    return names[0] if len(names) == 1 and names[0] in there and not layer.merged_adapters else None
+
+
+def _dropping(dropout: nn.Module) -> nn.Dropout | None:
+    return dropout if isinstance(dropout, nn.Dropout) and dropout.p > 0 else None
+
+
+def _frozen(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype | None] | str:
+    """Weight (out, in) and bias of a frozen dense base layer, and the type in which autocast computes."""
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"a base layer of {type(base).__name__}"
+    weight, bias = base.weight, base.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "a base layer with a quantised, sharded or trained weight or bias"
+    if _hooked(base) or "forward" in vars(base) or getattr(layer, "_is_replica", False):
+        return "a base layer that something hooks into"
+    kinds = {x.dtype, weight.dtype, a.dtype, b.dtype}
+    dtype = None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype is None:
+        if x.dtype != weight.dtype or a.dtype != b.dtype or not getattr(layer, "cast_input_dtype_enabled", True):
+            return "input, base weight or factors of different types"
+    elif not kinds <= {torch.float32, torch.bfloat16, torch.float16}:
+        return "autocast of other types than float32 and 16 bits"
+    return weight if type(base) is nn.Linear else weight.T, bias, dtype
+
+
+def _hooked(*modules: Any) -> bool:
+    return any(getattr(module, hooks, None) for module in modules for hooks in _HOOKS)
+
+
+def _square(layer: Any, weight: Tensor) -> Tensor | None:
+    """Sums of squares of the rows of DoRA's frozen weight, made again when the weight has changed."""
+    if torch.compiler.is_compiling():
+        return None
+    key = (weight.data_ptr(), weight._version, weight.dtype)
+    held = getattr(layer, "_square", None)
+    if held is None or held[0] != key:
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        held = layer._square = (key, torch.linalg.vector_norm(weight, dim=1, dtype=kind).square_())
+    return held[1]
+
+
+@cache
+def _say(what: str) -> None:
+    _log.warning("PEFT's own code runs for %s", what)

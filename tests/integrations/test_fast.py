@@ -1,0 +1,254 @@
+"""Fast paths: the same results, gradients and files as PEFT's own code, in fewer passes and with less held."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import loraloom as ll
+from loraloom import fused
+from loraloom.integrations import fast as paths
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "lora": lambda **more: LoraConfig(**{"r": 3, "lora_alpha": 5, **more}),
+    "rslora": lambda **more: LoraConfig(**{"r": 3, "lora_alpha": 5, "use_rslora": True, **more}),
+    "dora": lambda **more: LoraConfig(**{"r": 3, "lora_alpha": 5, "use_dora": True, **more}),
+    "hira": lambda lora_dropout=0.0, **more: HiraConfig(**{"r": 3, "hira_dropout": lora_dropout, **more}),
+}
+
+
+class Attention(nn.Module):
+    """Three layers on one input, one on another."""
+
+    def __init__(self, width: int, kind: type) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (kind(width, width) for _ in range(4))
+        self.odd = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.odd:
+            return x + self.o(self.q(x) * self.v(2 * x))
+        return x + self.o(torch.softmax(self.q(x) * self.k(x), -1) * self.v(x))
+
+
+def linear(ins: int, outs: int) -> nn.Linear:
+    return nn.Linear(ins, outs)
+
+
+def adapted(config: Any, kind: Any = linear, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    base = nn.Sequential(Attention(8, kind), Attention(8, kind))
+    config.target_modules = ["q", "k", "v", "o"]
+    model = get_peft_model(base, config)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and "magnitude" not in name:
+            nn.init.normal_(weight, std=0.3)
+    return model.to(dtype).train()
+
+
+def outcome(model: Any, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Output and all gradients."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (out.float() if out.dtype == torch.bfloat16 else out).square().sum().backward()
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"output": out.detach(), "input": x.grad, **grads}
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in b)
+
+
+X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("base", [linear, lambda ins, outs: Conv1D(outs, ins)], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_and_gradients_are_peft_s(kind, dropout, base, monkeypatch):
+    monkeypatch.setitem(fused.BLOCK, "cpu", 24)  # several blocks a weight
+    config = KINDS[kind](lora_dropout=dropout, **({} if base is linear else {"fan_in_fan_out": True}))
+    model = adapted(config, base)
+    wanted = outcome(model, X)
+    assert ll.fast(model) is model
+    for _ in range(3):  # the second and later ones compute siblings together
+        assert worst(outcome(model, X), wanted) < 1e-12
+    ll.fast(model, on=False)
+    assert worst(outcome(model, X), wanted) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_one_input_are_one_node_of_the_graph(kind, monkeypatch):
+    model = ll.fast(adapted(KINDS[kind]()))
+    calls = []
+    for name in ("lora", "hira"):
+        run = getattr(fused, name)
+        monkeypatch.setattr(
+            fused, name, lambda x, layers, run=run, **o: calls.append(len(layers)) or run(x, layers, **o)
+        )
+    model(X)
+    assert calls == [1, 1, 1, 1] * 2
+    calls.clear()
+    model(X)
+    assert calls == [3, 1] * 2
+    model.base_model.model[0].odd = True  # k has no part, v another input
+    wanted = outcome(ll.fast(copy.deepcopy(model), on=False), X)
+    for _ in range(2):
+        assert worst(outcome(model, X), wanted) < 1e-12
+    calls.clear()
+    model(X)
+    assert calls == [1, 1, 1, 3, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_gate_leaves_a_layer_out_and_its_siblings_in(kind):
+    model, own = ll.fast(adapted(KINDS[kind]())), adapted(KINDS[kind]())
+    for step in range(12):
+        coto = ll.CoTo(total_steps=12, unit="module", seed=3)
+        with coto.applied(model, step), coto.applied(own, step):
+            assert worst(outcome(model, X), outcome(own, X)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_less_is_held_for_backward_than_by_peft(kind):
+    def held(model: Any) -> int:
+        seen: dict[int, int] = {}
+        weights = {weight.data_ptr() for weight in model.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            keep = model(X)  # noqa: F841 - the storages stay, so that their addresses tell them apart
+        return sum(seen.values())
+
+    model = adapted(KINDS[kind]())
+    own = held(model)
+    ll.fast(model)(X)
+    assert held(model) <= own
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_of_both_kinds(kind, reentrant):
+    model = adapted(KINDS[kind](lora_dropout=0.0))
+    wanted = outcome(model, X)
+    ll.fast(model)
+    for layer in model.base_model.model:
+        layer.forward = lambda x, run=layer.forward: checkpoint(run, x, use_reentrant=reentrant)
+    for _ in range(2):
+        assert worst(outcome(model, X), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_mixed_types_are_as_near_as_peft_is_to_itself(kind):
+    exact = outcome(adapted(KINDS[kind]()), X)
+    for autocast in (True, False):
+        model = adapted(KINDS[kind](), dtype=torch.float32)
+        if not autocast:  # weights in bfloat16, factors in float32, as PEFT has them
+            for name, weight in model.named_parameters():
+                weight.data = weight.data.bfloat16() if "base_layer" in name else weight.data
+        x = X.float() if autocast else X.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            wanted = outcome(model, x)
+            found = [outcome(ll.fast(model), x) for _ in range(2)][-1]
+        assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in wanted.items()}
+        assert worst(found, exact) < 1.5 * worst(wanted, exact) + 1e-3
+
+
+def test_frozen_a_of_lori_holds_no_input():
+    model = adapted(LoraConfig(r=3))
+    lori = ll.LoRI(seed=0)
+    lori.attach(model)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    wanted = outcome(model, X)
+    for _ in range(2):
+        assert worst(outcome(ll.fast(model), X), wanted) < 1e-12
+    mask = ll.calibrate(ll.from_peft(model), density=0.3) if hasattr(ll, "from_peft") else None
+    assert mask is None or mask.kept
+
+
+def test_state_dict_copies_and_pickles():
+    model = adapted(KINDS["dora"]())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ll.fast(model)(X)
+    assert list(model.state_dict()) == list(before)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert worst(outcome(other, X), outcome(model, X)) < 1e-12
+
+
+def test_dora_sees_that_its_base_has_changed():
+    model, own = ll.fast(adapted(KINDS["dora"]())), adapted(KINDS["dora"]())
+    outcome(model, X)
+    for one in (model, own):
+        with torch.no_grad():
+            one.base_model.model[0].q.base_layer.weight.mul_(2.0)
+    assert worst(outcome(model, X), outcome(own, X)) < 1e-12
+
+
+def test_in_evaluation_and_without_gradients_peft_s_code_runs():
+    model = adapted(KINDS["lora"]())
+    with torch.no_grad():
+        wanted = model(X)
+    ll.fast(model)
+    with torch.no_grad():
+        assert torch.equal(model(X), wanted)
+    assert torch.equal(model.eval()(X), wanted)
+
+
+def _two(model: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q", "k", "v", "o"]))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def _hook(model: Any) -> None:
+    model.base_model.model[0].q.base_layer.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def _trained(model: Any) -> None:
+    model.base_model.model[0].q.base_layer.bias.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(_two, "several adapters"), (_hook, "something hooks into"), (_trained, "trained weight or bias")],
+)
+def test_what_is_not_covered_takes_peft_s_code_and_says_so_once(change, told, caplog):
+    paths._say.cache_clear()
+    model, own = adapted(KINDS["lora"]()), adapted(KINDS["lora"]())
+    ll.fast(model)
+    for one in (model, own):
+        torch.manual_seed(5)
+        change(one)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert worst(outcome(model.double(), X), outcome(own.double(), X)) < 1e-12
+    assert [record.message for record in caplog.records if told in record.message].__len__() == 1
+
+
+def test_layers_without_a_fast_path_are_told_and_left(caplog):
+    paths._say.cache_clear()
+    model = get_peft_model(nn.Sequential(nn.Conv1d(3, 3, 1)), LoraConfig(target_modules=["0"]))
+    with caplog.at_level(logging.WARNING):
+        ll.fast(model)
+    assert "Conv1d have no fast path" in caplog.text
+    with pytest.raises(ValueError, match="no PEFT layers"):
+        ll.fast(nn.Linear(2, 2))
