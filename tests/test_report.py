@@ -195,7 +195,10 @@ def test_a_page_of_results_is_written_once_unless_asked(tmp_path):
         (b"\xff\xfe", "is not valid JSON"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"results": {}}', "this is not a report: its format is None"),
-        (b"[1]", "this is not a report: its format is 'list'"),
+        (b"[1]", "this is not a report: list; allowed: .*loraloom.json"),
+        (b"[]", "this is not a report: list"),
+        (b'[{"a": [1]}, {}]', "this is not a report: list"),
+        (b'{"operation": 3}', "this is not a report: its format is None"),
         (json.dumps(demo_report().to_json()).replace("0.9,", "NaN,", 1).encode(), r"panels\[0\].*is nan"),
     ],
 )

@@ -7,7 +7,6 @@ here is measured on test.
 
 from __future__ import annotations
 
-import platform
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loraloom import __version__, report
+from loraloom import report
 from loraloom.adapter import Adapter
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.merge import merge
@@ -98,7 +97,7 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _measure_all(study, work)
-        made = _report(study, time.perf_counter() - began)
+        made = report.ran(_report(study, time.perf_counter() - began), "loraloom demo")
         report.write(made, work)
         work.chmod(0o755)
         _put_in_place(work, out)
@@ -220,9 +219,6 @@ def _report(study: Study, seconds: float) -> report.Report:
             _time_panel(study),
         ),
         run={
-            "command": "loraloom demo",
-            "version": __version__,
-            "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
             "seconds": round(seconds, 1),
             "test examples a task": f"at most {study.settings.limit}" if study.settings.limit else "all",
             "recipe": study.recipes["LoRA"].model_dump(mode="json", exclude={"task", "output", "seed"}),

@@ -83,8 +83,9 @@ class BalanceMeter:
         for name, held in self._weights.items():
             moved.append([w.detach() - start for w, start in zip(held, self._start[name], strict=True)])
         updates = [None if self._moved_base else _update(self._layers[name]) for name in self._weights]
-        gradient, self._gradient = self._gradient, None
-        self._rows.append((step, torch.stack([gradient, self._vector(updates), self._vector(self._norms_of(moved))])))
+        rows = [self._gradient, self._vector(updates), self._vector(self._norms_of(moved))]
+        self._rows.append((step, torch.stack(rows)))  # type: ignore[arg-type]
+        self._gradient = None
 
     @property
     def result(self) -> Balance:
@@ -287,7 +288,7 @@ class BalanceCallback(TrainerCallback):
         """The newest measurement, by layer."""
         found = self.result
         self._told = found.steps[-1]
-        numbers = {}
+        numbers: dict[str, float] = {}
         for what in WHAT:
             units, rows = found.by(what)
             values = zip(units, rows[-1], strict=True)

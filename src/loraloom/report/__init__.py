@@ -8,8 +8,22 @@ True
 
 from __future__ import annotations
 
+from loraloom.report.context import ran
 from loraloom.report.document import Report
 from loraloom.report.files import page, read, replace_file, write
 from loraloom.report.panels import Bars, Curve, Heatmap, Panel, Series, Table
 
-__all__ = ["Bars", "Curve", "Heatmap", "Panel", "Report", "Series", "Table", "page", "read", "replace_file", "write"]
+__all__ = [
+    "Bars",
+    "Curve",
+    "Heatmap",
+    "Panel",
+    "Report",
+    "Series",
+    "Table",
+    "page",
+    "ran",
+    "read",
+    "replace_file",
+    "write",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraloom.report.panels import JSON, Panel, build, from_json, kind, plain, to_json
@@ -80,11 +80,15 @@ class Report:
         report: Report = build(cls, entries, "report")
         return report
 
-    def to_markdown(self) -> str:
-        """The report as markdown: curves, bars and heat maps as tables of their values."""
+    def to_markdown(self, figures: Sequence[str] = ()) -> str:
+        """The report as markdown: curves, bars and heat maps as tables of their values.
+
+        Args:
+            figures: paths of images, one for each panel that is no table, to show before its values.
+        """
         from loraloom.report.markdown import markdown
 
-        return markdown(self)
+        return markdown(self, figures)
 
     def to_html(self) -> str:
         """The report as one self-contained page: plotly.js is inside, nothing is fetched."""

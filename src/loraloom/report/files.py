@@ -1,42 +1,55 @@
-"""Reports on disk: read and merge results.json files, write results and pages whole or not at all."""
+"""Reports on disk: read results and records of any kind, write pages whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from loraloom.folders import whole_file, write_text
 from loraloom.report.document import Report
+from loraloom.report.figures import write_figures
+from loraloom.report.records import report_of
+from loraloom.store import RECORD
 from loraloom.untrusted import read_json
 
 RESULTS = "results.json"
 
 
 def read(paths: Sequence[Path | str]) -> Report:
-    """One report from one or more results.json files or folders that hold one.
+    """One report from one or more files, or folders that hold results or an adapter.
 
-    Several are put one after the other: panel titles and the entries of ``run`` get the title of their report, and the
-    folder's name where two have the same title.
+    A file holds a report (``results.json``, what a probe wrote), the record of an adapter (``loraloom.json``) or rows
+    (``loraloom evaluate --json``). Several are put one after the other: panel titles and the entries of ``run`` get the
+    title of their report, and the folder's name where two have the same title.
 
     Raises:
-        FileNotFoundError: a path or its results.json is not there.
-        ValueError: no path is given, or a file is torn or not a report; one line says which file and why.
+        FileNotFoundError: a path is not there, or a folder holds neither results nor an adapter's record.
+        ValueError: no path is given, or a file is torn or of another kind; one line says which file and why.
     """
     if not paths:
         raise ValueError("no results are named; give results.json files or folders that hold one")
-    files = [path / RESULTS if path.is_dir() else path for path in map(Path, paths)]
+    files = [_file(Path(path)) for path in paths]
     reports = [_read(file) for file in files]
     return reports[0] if len(reports) == 1 else _join(files, reports)
 
 
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = [path / name for name in (RESULTS, RECORD) if (path / name).is_file()]
+    return found[0] if found else path / RESULTS
+
+
 def _read(file: Path) -> Report:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; a run folder holds {RESULTS}")
+        raise FileNotFoundError(f"{file} is not there; a run folder holds {RESULTS}, an adapter {RECORD}")
     content = read_json(file)
+    name = file.absolute().parent.name if file.name in (RESULTS, RECORD) else file.stem
     try:
-        return Report.from_json(content)
+        return report_of(content, name)
     except ValueError as fault:
         raise ValueError(f"{file}: {fault}") from None
 
@@ -73,18 +86,39 @@ def write(report: Report, folder: Path | str) -> None:
         replace_file(folder / name, text)
 
 
-def page(paths: Sequence[Path | str], out: Path | str = "report.html", *, overwrite: bool = False) -> Path:
-    """One HTML page from results.json files or folders that hold one (see ``read``); returns where it is.
+def page(
+    paths: Sequence[Path | str],
+    out: Path | str = "report.html",
+    *,
+    figures: Path | str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """One page from results (see ``read``); returns where it is.
+
+    Args:
+        paths: what to read.
+        out: HTML, or markdown where it ends in ``.md``.
+        figures: a folder for every figure as SVG and PNG; of markdown, the figures stand in the page.
+        overwrite: replace what is there.
 
     Raises:
-        FileExistsError: ``out`` is there already and ``overwrite`` is off.
+        FileExistsError: ``out`` or ``figures`` is there already and ``overwrite`` is off.
+        ValueError: ``out`` ends in neither ``.html`` nor ``.md``.
     """
-    out = Path(out)
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise FileExistsError(f"{out} is {'a folder' if out.is_dir() else 'there already; --overwrite replaces it'}")
-    html = read(paths).to_html()
+    out, kept = Path(out), None if figures is None else Path(figures)
+    if out.is_dir():
+        raise FileExistsError(f"{out} is a folder")
+    for path in (out, *([kept] if kept else [])):
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} is there already; --overwrite replaces it")
+    if out.suffix.lower() not in (".html", ".htm", ".md"):
+        raise ValueError(f"{out}: a page ends in .html or .md")
+    report = read(paths)
+    drawn = [path for path in write_figures(report, kept) if path.suffix == ".svg"] if kept else []
+    shown = [Path(os.path.relpath(path, out.parent)).as_posix() for path in drawn]
+    text = report.to_markdown(shown) if out.suffix.lower() == ".md" else report.to_html()
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, html)
+    replace_file(out, text)
     return out
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraloom.report.grid import flat, grid, spelled
-from loraloom.report.panels import Cell
+from loraloom.report.panels import Cell, Table
 
 if TYPE_CHECKING:
     from loraloom.report.document import Report
@@ -25,12 +26,15 @@ def _table(columns: tuple[str, ...], rows: list[tuple[Cell, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def markdown(report: Report) -> str:
-    """The whole report; every panel as a heading, its note, a table and the command."""
+def markdown(report: Report, figures: Sequence[str] = ()) -> str:
+    """The whole report; every panel as a heading, its image where there is one, its note, a table and the command."""
+    images = iter(figures)
     parts = [f"# {escape(report.title)}"]
     parts += [escape(part) for part in report.summary.split("\n\n") if part.strip()]
     for panel in report.panels:
         parts.append(f"## {escape(panel.title)}")
+        if not isinstance(panel, Table) and (image := next(images, "")):
+            parts.append(f"![{escape(panel.title)}]({image})")
         if panel.note:
             parts.append(escape(panel.note))
         parts.append(_table(*grid(panel)))

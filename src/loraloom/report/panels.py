@@ -86,7 +86,7 @@ def _settle(panel: object, **values: object) -> None:
 
 def _check_texts(panel: object, where: str) -> None:
     """Check the fields that every panel has as text, by name."""
-    for name in ("title", "x_label", "y_label", "note", "command"):
+    for name in ("title", "x_label", "y_label", "z_label", "note", "command"):
         if hasattr(panel, name):
             _text(getattr(panel, name), f"{where}.{name}")
 
@@ -217,6 +217,9 @@ class Bars:
 class Heatmap:
     """A matrix of values: ``z[row][column]`` belongs to ``y[row]`` and ``x[column]``; None is an empty cell.
 
+    Attributes:
+        z_label: what the values are; by default the title says it.
+
     Example:
         >>> Heatmap("Norms", "projection", "layer", ("q", "v"), (0, 1), ((1, 2), (3, None))).z
         ((1.0, 2.0), (3.0, None))
@@ -230,6 +233,7 @@ class Heatmap:
     z: tuple[tuple[float | None, ...], ...]
     note: str = ""
     command: str = ""
+    z_label: str = ""
 
     def __post_init__(self) -> None:
         where = f"heat map {self.title!r}"
@@ -320,12 +324,12 @@ def from_json(value: JSON, where: str) -> Panel:
 
 
 def build(cls: type, value: JSON, where: str) -> Any:
-    """A dataclass from a mapping whose keys are exactly its fields; else a ValueError that names the key."""
+    """A dataclass from a mapping of its fields, which may lack ``z_label``; else a ValueError that names the key."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is not a map of a {cls.__name__}'s fields")
     names = [item.name for item in fields(cls)]
     for name in names:
-        if name not in value:
+        if name not in value and name != "z_label":  # reports of version 0.1.0 have none
             raise ValueError(f"{where}: {name!r} is missing")
     for name in value:
         if name not in names:
