@@ -129,10 +129,10 @@ def test_many_counts_and_answers_in_the_order_of_the_question():
     made, adapter = vision()
     asked, score = variants(adapter)[::-1], Scores(made)
     assert many(score, asked) == [made.evaluate(one).value for one in asked]
-    assert score.planned == (14, 24) and score.ran == 14
+    assert score.work == (14, 24, 0) and score.ran == 14
     modules = variants(adapter, "projection")  # q_proj and fc1 of all layers: in the first block already all differs
     assert many(score, modules) == [made.evaluate(one).value for one in modules]
-    assert score.planned == (14 + 12, 24 + 12)
+    assert score.work == (14 + 12, 24 + 12, 0)
 
 
 def test_states_never_take_more_than_their_room_and_what_has_none_is_computed_again():
@@ -147,7 +147,7 @@ def test_states_never_take_more_than_their_room_and_what_has_none_is_computed_ag
         ran[memory] = score.ran
     assert ran[0] == 24 and ran[2 * (batch + rest)] == 14
     assert 24 > ran[rest] > ran[batch + rest] > 14
-    assert score.planned == (14, 24)
+    assert score.work == (14, 24, 0)
 
 
 def test_a_model_whose_blocks_share_more_runs_whole_and_says_why():
@@ -171,7 +171,7 @@ def test_a_model_whose_blocks_share_more_runs_whole_and_says_why():
     adapter = adapter_on(made.model, ("query",))
     asked, score = variants(adapter), Scores(made)
     expected = [made.evaluate(one).value for one in asked]
-    assert many(score, asked) == expected and score.planned == (24, 24) and score.ran == 24
+    assert many(score, asked) == expected and score.work == (24, 24, 0) and score.ran == 24
     assert score.plan(asked).why.startswith("a pass that begins at block 2 gives other outputs")
 
 
@@ -183,7 +183,7 @@ def test_what_is_not_one_adapter_with_modules_left_out_is_scored_one_by_one(monk
     asked = [adapter, other, None]
     plan = score.plan(asked)
     assert plan.why == f"the adapters differ in what they hold of {name}" and (plan.order, plan.naive) == ((0, 1, 2), 0)
-    assert many(score, asked) == [made.evaluate(one).value for one in asked] and score.planned == (0, 0)
+    assert many(score, asked) == [made.evaluate(one).value for one in asked] and score.work == (0, 0, 3)
     for given, why in (
         ([adapter], "one adapter alone"),
         ([adapter, replace(adapter, config={**adapter.config, "use_rslora": True})], "differ in more than the modules"),
@@ -205,7 +205,7 @@ def test_variants_read_from_files_share_too(tmp_path):
     asked = [ll.load(tmp_path / "a"), kept, None]
     score = Scores(made)
     assert many(score, asked) == [made.evaluate(one).value for one in asked]
-    assert score.planned == (3 + 3 + 1, 9)
+    assert score.work == (3 + 3 + 1, 9, 0)
 
 
 def test_the_plan_keeps_only_what_is_begun_with_again():

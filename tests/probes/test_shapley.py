@@ -317,7 +317,8 @@ def test_what_is_scored_is_the_pruned_adapter():
     assert (part.config, list(part.modules)) == (pruned.config, list(pruned.modules))
     assert torch.equal(part.modules["layers.3.q"].delta(), pruned.modules["layers.3.q"].delta())
     assert part.shape("layers.3.q") == pruned.shape("layers.3.q")
-    assert seen[tuple(a.modules)] is a and seen[()] is None
+    whole = seen[tuple(a.modules)]
+    assert (whole.config, whole.modules) == (a.config, a.modules) and seen[()] is None
 
 
 # Whole adapters ------------------------------------------------------------------------------------------------------

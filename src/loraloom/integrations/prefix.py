@@ -26,6 +26,7 @@ from loraloom.contents import of_factors, of_settings
 from loraloom.integrations.gates import Gates
 from loraloom.integrations.peft import attached
 from loraloom.integrations.trunk import MEMORY, Shape, Trunk, tried
+from loraloom.probes.game import Work
 
 _TRIED = 2  # examples
 _PART = re.compile(r"\[[^\[\]]*\]$")  # of a module that holds several updates: a modality, an expert
@@ -47,6 +48,10 @@ class Plan:
     naive: int
     why: str
 
+    def added_to(self, work: Work, adapters: int) -> Work:
+        """What is done once this is done too."""
+        return Work(work.passes + self.passes, work.whole + self.naive, work.unknown + adapters * (not self.naive))
+
 
 class Scores:
     """A score for probes, better at many adapters than at one (see the module).
@@ -58,24 +63,28 @@ class Scores:
         memory: bytes of states that may be kept.
 
     Attributes:
-        planned: blocks that :meth:`many` has had to run, and without sharing, as in :class:`Plan`.
-        ran: blocks that were run, counted as they ran; also for what was asked alone, 0 where they are not known.
+        work: blocks to run for all that was asked for, as planned.
+        ran: blocks that did run for adapters that were asked for together, means over batches.
     """
 
     def __init__(self, bench: Any, split: str = "test", limit: int | None = None, *, memory: int = MEMORY) -> None:
         self.bench, self.split, self.limit, self.memory = bench, split, limit, memory
-        self.planned = (0, 0)
+        self.work = Work()
         self.ran = 0.0
         self._shapes: dict[Any, Shape | str] = {}
 
     def __call__(self, adapter: Adapter | None) -> float:
         """The score of one adapter, or of the base."""
+        self.work = self.work._replace(unknown=self.work.unknown + 1)
+        return self._alone(adapter)
+
+    def _alone(self, adapter: Adapter | None) -> float:
         return float(self.bench.evaluate(adapter, self.split, self.limit).value)
 
     def many(self, adapters: Sequence[Adapter | None]) -> list[float]:
         """The scores of several, in the order given."""
         plan = self.plan(adapters)
-        self.planned = (self.planned[0] + plan.passes, self.planned[1] + plan.naive)
+        self.work = plan.added_to(self.work, len(adapters))
         found = dict(self.stream(adapters, plan.order))
         return [found[at] for at in range(len(adapters))]
 
@@ -96,7 +105,7 @@ class Scores:
         family = Family.of([adapters[at] for at in order])
         shape = family if isinstance(family, str) else self._shape(family)
         if isinstance(family, str) or isinstance(shape, str):
-            yield from ((at, self(adapters[at])) for at in order)
+            yield from ((at, self._alone(adapters[at])) for at in order)
             return
         switches = [shape.switches(adapters[at]) for at in order]
         self.bench.ready(self.split, self.limit)

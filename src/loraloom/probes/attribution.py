@@ -38,6 +38,7 @@ def exact(game: Game, weight: Callable[[int, int], float]) -> list[float]:
     """
     n = len(game.players)
     subsets = [frozenset(on) for size in range(n + 1) for on in combinations(range(n), size)]
+    game.ask(subsets)
     known = {on: game.value(on) for on in subsets}
     terms: list[list[float]] = [[] for _ in range(n)]
     for on, value in known.items():
@@ -59,6 +60,7 @@ def banzhaf_weight(size: int, n: int) -> float:
 def left_out(game: Game) -> list[float]:
     """What is lost when one player is off and all others are on."""
     everyone = game.everyone
+    game.ask([everyone, frozenset[int](), *(everyone - {i} for i in everyone)])  # nobody is told beside them
     return [game.value(everyone) - game.value(everyone - {i}) for i in range(len(game.players))]
 
 
@@ -101,8 +103,13 @@ def stratified(n: int, seed: int, block: int) -> list[Coalition]:
 
 def banzhaf(game: Game, seed: int, block: int) -> list[float]:
     """Mean of what players add to a coalition of fair coins and to its complement."""
-    on = frozenset(i for i, u in enumerate(uniforms(seed, block, len(game.players), _STREAM)) if u < 0.5)
-    return _mean([added(game, on), added(game, game.everyone - on)])
+    return _mean([added(game, on) for on in coins(len(game.players), seed, block)])
+
+
+def coins(n: int, seed: int, block: int) -> list[Coalition]:
+    """A coalition of n players who throw fair coins, and its complement."""
+    on = frozenset(i for i, u in enumerate(uniforms(seed, block, n, _STREAM)) if u < 0.5)
+    return [on, frozenset(range(n)) - on]
 
 
 def permutations(game: Game, seed: int, block: int, truncate: float = 0.0) -> list[float]:
@@ -117,10 +124,8 @@ def permutations(game: Game, seed: int, block: int, truncate: float = 0.0) -> li
         1.0
     """
     n = len(game.players)
-    drawn = uniforms(seed, block, n, _STREAM)
-    order = sorted(range(n), key=drawn.__getitem__)
     end, rows = game.value(game.everyone), []
-    for players in (order, order[::-1]):
+    for players in orders(n, seed, block):
         row, before = [0.0] * n, game.value(())
         for at, i in enumerate(players):
             if truncate and abs(end - before) <= truncate:
@@ -131,21 +136,48 @@ def permutations(game: Game, seed: int, block: int, truncate: float = 0.0) -> li
     return _mean(rows)
 
 
+def orders(n: int, seed: int, block: int) -> list[list[int]]:
+    """A random order of n players and its reverse."""
+    drawn = uniforms(seed, block, n, _STREAM)
+    order = sorted(range(n), key=drawn.__getitem__)
+    return [order, order[::-1]]
+
+
+def needed(by: str, n: int, seed: int, block: int) -> list[Coalition]:
+    """The coalitions that a block of ``multilinear``, ``banzhaf`` or ``permutations`` (without truncation) looks at.
+
+    Example:
+        >>> [sorted(on) for on in needed("banzhaf", 1, seed=0, block=0)]
+        [[0], [], [], [0]]
+    """
+    if by == "permutations":
+        return [frozenset(players[:at]) for players in orders(n, seed, block) for at in range(n + 1)]
+    middles = stratified(n, seed, block) if by == "multilinear" else coins(n, seed, block)
+    return [on for middle in middles for on in (middle, *(middle ^ {i} for i in range(n)))]
+
+
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
-def averaged(block: Block, blocks: int, error: float | None = None) -> Estimated:
+def averaged(
+    block: Block, blocks: int, error: float | None = None, ask: Callable[[range], None] = lambda blocks: None
+) -> Estimated:
     """Mean of independent blocks with its standard error; at least 2, and fewer than asked for once ``error`` is met.
 
-    Stopping by the error needs 8 blocks: a few may agree by chance.
+    Stopping by the error needs 8 blocks: a few may agree by chance. Before blocks are computed they are announced by
+    ``ask``: all of them, or with ``error`` those that are needed for certain.
 
     Example:
         >>> averaged(lambda at: [float(at)], blocks=3).values
         (1.0,)
     """
     rows: list[list[float]] = []
-    for at in range(max(2, blocks)):
+    most, asked = max(2, blocks), 0
+    for at in range(most):
+        if at == asked:
+            asked = most if error is None else max(at + 1, min(most, FEWEST))
+            ask(range(at, asked))
         rows.append(block(at))
         if error is not None and len(rows) >= FEWEST and max(_stderr(np.array(rows))) <= error:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,10 +15,16 @@ from loraloom.strategies.units import KINDS, group, tower
 
 Score = Callable[[Adapter | None], float]
 Coalition = frozenset[int]
+AtOnce = Callable[[list[Coalition]], list[float]] | None
 
 
 class Game:
     """Players by number, and the value of every coalition of them, asked for once.
+
+    Args:
+        players: their names.
+        worth: what a coalition scores.
+        at_once: what several score, where that is better than one by one.
 
     Attributes:
         players: their names.
@@ -30,11 +37,12 @@ class Game:
         (1.0, 2.0, 1.0, 2, 1)
     """
 
-    def __init__(self, players: Sequence[str], worth: Callable[[Coalition], float]) -> None:
+    def __init__(self, players: Sequence[str], worth: Callable[[Coalition], float], at_once: AtOnce = None) -> None:
         self.players = tuple(players)
         self.evaluations = self.saved = 0
-        self._worth = worth
+        self._at_once = at_once or (lambda coalitions: [worth(on) for on in coalitions])
         self._known: dict[Coalition, float] = {}
+        self._unread: set[Coalition] = set()  # asked for beforehand
 
     @property
     def everyone(self) -> Coalition:
@@ -48,13 +56,23 @@ class Game:
             ValueError: the score is not finite; says of which coalition.
         """
         coalition = frozenset(on)
-        if coalition in self._known:
-            self.saved += 1
-            return self._known[coalition]
-        names = ", ".join(self.players[i] for i in sorted(coalition))
-        self._known[coalition] = finite(self._worth(coalition), f"with {names or 'nothing'} on")
-        self.evaluations += 1
+        self.ask([coalition])
+        self.saved += coalition not in self._unread
+        self._unread.discard(coalition)
         return self._known[coalition]
+
+    def ask(self, coalitions: Iterable[Iterable[int]]) -> None:
+        """Score coalitions whose values will be needed, all that are not known at once.
+
+        Raises:
+            ValueError: as :meth:`value`.
+        """
+        new = [on for on in dict.fromkeys(map(frozenset, coalitions)) if on not in self._known]
+        for on, value in zip(new, self._at_once(new) if new else (), strict=True):
+            names = ", ".join(self.players[i] for i in sorted(on))
+            self._known[on] = finite(value, f"with {names or 'nothing'} on")
+        self._unread.update(new)
+        self.evaluations += len(new)
 
 
 def finite(value: float, where: str) -> float:
@@ -86,6 +104,35 @@ def many(score: Score, adapters: Sequence[Adapter | None]) -> list[float]:
     """
     at_once = getattr(score, "many", None)
     return [float(value) for value in (at_once(adapters) if at_once else map(score, adapters))]
+
+
+class Work(NamedTuple):
+    """What a score had to do so far; one made by ``ll.score`` counts in ``work``.
+
+    Attributes:
+        passes: blocks of the model to run, each once over all examples.
+        whole: how many that is where every evaluation runs all blocks.
+        unknown: evaluations of which neither is known.
+    """
+
+    passes: int = 0
+    whole: int = 0
+    unknown: int = 0
+
+    def since(self, before: Work) -> dict[str, int]:
+        """``passes`` and ``passes_saved`` for a result, where they are known of all that was done.
+
+        Example:
+            >>> Work(30, 120).since(Work(10, 20)), Work(30, 120, 1).since(Work())
+            ({'passes': 20, 'passes_saved': 80}, {})
+        """
+        passes, whole, unknown = (now - then for now, then in zip(self, before, strict=True))
+        return {"passes": passes, "passes_saved": whole - passes} if passes and not unknown else {}
+
+
+def work_of(score: Score) -> Work:
+    """What a score has counted; nothing of a plain function."""
+    return Work(*getattr(score, "work", ()))
 
 
 def units_of(adapter: Adapter, unit: str) -> dict[str, tuple[str, ...]]:
@@ -120,17 +167,17 @@ def game_of_units(adapter: Adapter, score: Score, unit: str) -> Game:
     switched = {name for names in units.values() for name in names}
     of = list(units.values())
 
-    def worth(on: Coalition) -> float:
+    def with_only(on: Coalition) -> Adapter | None:
         off = switched.difference(*(of[i] for i in on))
         kept = [name for name in held.modules if name not in off]
         if not kept:
-            return score(None)
+            return None
         if not off:
-            return score(adapter)
+            return held
         config = {**held.config, "inference_mode": True}
-        return score(replace(held, config=config, modules=Modules(kept, held.modules.__getitem__, held.shape)))
+        return replace(held, config=config, modules=Modules(kept, held.modules.__getitem__, held.shape))
 
-    return Game(list(units), worth)
+    return _game(list(units), score, with_only)
 
 
 def game_of_merge(adapters: Mapping[str, Adapter], score: Score, merge: Callable[[list[Adapter]], Adapter]) -> Game:
@@ -142,7 +189,11 @@ def game_of_merge(adapters: Mapping[str, Adapter], score: Score, merge: Callable
     if not adapters:
         raise ValueError("there are no adapters; at least one is needed")
     held = [adapter.loaded() for adapter in adapters.values()]
-    return Game(list(adapters), lambda on: score(merge([held[i] for i in sorted(on)]) if on else None))
+    return _game(list(adapters), score, lambda on: merge([held[i] for i in sorted(on)]) if on else None)
+
+
+def _game(players: Sequence[str], score: Score, of: Callable[[Coalition], Adapter | None]) -> Game:
+    return Game(players, lambda on: score(of(on)), lambda coalitions: many(score, [of(on) for on in coalitions]))
 
 
 def check_extras(adapter: Adapter, unit: str) -> None:

@@ -22,10 +22,20 @@ from loraloom.probes.attribution import (
     exact,
     left_out,
     multilinear,
+    needed,
     permutations,
     shapley_weight,
 )
-from loraloom.probes.game import Game, Score, check_extras, check_seed, check_whole, game_of_merge, game_of_units
+from loraloom.probes.game import (
+    Game,
+    Score,
+    check_extras,
+    check_seed,
+    check_whole,
+    game_of_merge,
+    game_of_units,
+    work_of,
+)
 from loraloom.registry import UnknownName
 
 BY = ("auto", "multilinear", "permutations", "exact", "banzhaf", "leave-one-out")
@@ -49,6 +59,9 @@ class Shapley:
         base: score with all units off.
         slack: by how much the values may miss ``whole - base`` in sum: 4 standard errors of their sum, what truncation
             leaves and rounding. None of Banzhaf and leave-one-out, whose values need not add up.
+        passes: blocks of the model to run for that, each once over all examples, where the score tells
+            (``ll.score``); None where it does not. It is the plan of one process that starts with nothing known.
+        passes_saved: how many more it were if each evaluation ran all blocks; None likewise.
     """
 
     units: tuple[str, ...]
@@ -62,6 +75,8 @@ class Shapley:
     whole: float
     base: float
     slack: float | None
+    passes: int | None = None
+    passes_saved: int | None = None
 
     @property
     def gap(self) -> float:
@@ -158,7 +173,7 @@ def shapley(
             f"by='exact' scores 2^n coalitions, at most {MOST} units; here are {n}: draw, by='multilinear'"
         )
     affordable = n <= MOST and 2**n <= samples * n
-    everyone, nobody = game.value(game.everyone), game.value(())
+    before, ends = work_of(score), (game.everyone, frozenset[int]())
     drawn, size = 0, 2 * STRATA
     if by == "leave-one-out":
         found = Estimated(tuple(left_out(game)), (0.0,) * n, 0.0, 0)
@@ -168,21 +183,28 @@ def shapley(
         by = "banzhaf-exact" if by == "banzhaf" else "exact"
     else:
         by = "multilinear" if by == "auto" else by
-        draw: Block = partial(multilinear, game, seed)
-        if by != "multilinear":
-            size = 2
-            draw = (
-                partial(banzhaf, game, seed)
-                if by == "banzhaf"
-                else partial(permutations, game, seed, truncate=truncate)
-            )
-        found = averaged(draw, -(-samples // size), error)
+
+        def ask(blocks: range) -> None:
+            known = [] if truncate else [on for block in blocks for on in needed(by, n, seed, block)]
+            game.ask([*ends, *known])
+
+        size = size if by == "multilinear" else 2
+        found = averaged(_DRAWS[by](game, seed, truncate), -(-samples // size), error, ask)
         drawn = size * found.blocks
+    everyone, nobody = (game.value(on) for on in ends)
     rounding = 1e-9 * max(1.0, abs(everyone), abs(nobody))
     adds = not by.startswith("banzhaf") and by != "leave-one-out"
     slack = 4 * found.sum_stderr + truncate + rounding if adds else None
-    facts = (by, unit, drawn, game.evaluations, game.saved, everyone, nobody, slack)
-    return Shapley(game.players, found.values, found.stderr, *facts)
+    told: dict[str, Any] = work_of(score).since(before)
+    facts: tuple[Any, ...] = (by, unit, drawn, game.evaluations, game.saved, everyone, nobody, slack)
+    return Shapley(game.players, found.values, found.stderr, *facts, **told)
+
+
+_DRAWS: dict[str, Callable[[Game, int, float], Block]] = {
+    "multilinear": lambda game, seed, truncate: partial(multilinear, game, seed),
+    "banzhaf": lambda game, seed, truncate: partial(banzhaf, game, seed),
+    "permutations": lambda game, seed, truncate: partial(permutations, game, seed, truncate=truncate),
+}
 
 
 def _check(samples: int, seed: int, by: str, error: float | None, truncate: float) -> None:

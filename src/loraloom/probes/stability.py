@@ -10,7 +10,7 @@ from typing import Any
 from loraloom.adapter import Adapter
 from loraloom.ops.prune import prune
 from loraloom.probes import probes
-from loraloom.probes.game import Score, check_whole, finite, game_of_units, uniforms, units_of
+from loraloom.probes.game import Score, check_whole, finite, game_of_units, many, uniforms, units_of, work_of
 
 _STREAM = 0x5374_6162  # the upper half of the generator's key: draws of one seed for other ends are another stream
 
@@ -32,6 +32,9 @@ class Stability:
         unstructured: score with the share p of the entries of the factors pruned by magnitude; None likewise.
         evaluations: calls of the score.
         saved: calls that were not needed as the same units had been on before.
+        passes: blocks of the model to run for sets of units, as in :class:`loraloom.probes.shapley.Shapley`; what
+            single entries were pruned from is not counted, and shares nothing.
+        passes_saved: likewise.
     """
 
     at: tuple[float, ...]
@@ -47,6 +50,8 @@ class Stability:
     unstructured: tuple[float, ...] | None
     evaluations: int
     saved: int
+    passes: int | None = None
+    passes_saved: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, tuples as lists."""
@@ -101,14 +106,20 @@ def stability(
     names = game.players
     drawn = [uniforms(seed, draw, len(names), _STREAM) for draw in range(draws)]
     small = [prune(a, density=1 - p) for p in chances] if pruning else []  # refused before anything is scored
-    everyone, nobody = game.value(game.everyone), game.value(())
-    scores = [[game.value(i for i, u in enumerate(row) if u >= p) for row in drawn] for p in chances]
+    sets = [[frozenset(i for i, u in enumerate(row) if u >= p) for row in drawn] for p in chances]
+    order = _by_norm(a, unit) if pruning else []
+    largest = [frozenset(order[: max(1, round((1 - p) * len(names)))]) for p in chances if pruning]
+    before, all_and_none = work_of(score), (game.everyone, frozenset[int]())
+    game.ask([*all_and_none, *(on for row in sets for on in row), *largest])
+    passes: dict[str, Any] = work_of(score).since(before)
+    everyone, nobody = (game.value(on) for on in all_and_none)
+    scores = [[game.value(on) for on in row] for row in sets]
     structured = unstructured = None
     if pruning:
-        order = _by_norm(a, unit)
-        structured = tuple(game.value(order[: max(1, round((1 - p) * len(names)))]) for p in chances)
+        structured = tuple(game.value(on) for on in largest)
         parts = [(p, one) for p, one in zip(chances, small, strict=True) if p > 0]
-        found = {p: finite(score(one), f"with {p:.4g} of the entries pruned") for p, one in parts}
+        values = many(score, [one for _, one in parts])
+        found = {p: finite(x, f"with {p:.4g} of the entries pruned") for (p, _), x in zip(parts, values, strict=True)}
         unstructured = tuple(found.get(p, everyone) for p in chances)
     ends = [_interval(row) for row in scores]
     return Stability(
@@ -125,6 +136,7 @@ def stability(
         unstructured=unstructured,
         evaluations=game.evaluations + sum(p > 0 for p in chances if pruning),
         saved=game.saved,
+        **passes,
     )
 
 

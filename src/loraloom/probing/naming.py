@@ -1,4 +1,4 @@
-"""What pages that compare adapters share: how adapters and pairs are called, what is left out, the plane."""
+"""What pages share: how adapters and pairs are called, what is left out, the plane, what was saved."""
 
 from __future__ import annotations
 
@@ -29,3 +29,16 @@ def pair_of(names: Sequence[str], i: int, j: int) -> str:
 def apart(names: Sequence[str]) -> list[str]:
     """Names that are all different."""
     return list(names) if len(set(names)) == len(names) else [f"{at + 1}: {name}" for at, name in enumerate(names)]
+
+
+def passes_row(run: int | None, saved: int | None) -> list[tuple[str, int, str]]:
+    """The row of a table that tells how many blocks of the model ran; none where that is not known.
+
+    Example:
+        >>> passes_row(20, 80)
+        [('block passes', 20, 'blocks of the model to run over all examples; 5.0 times as many without what is shared')]
+    """
+    if not run or saved is None:
+        return []
+    times = f"{(run + saved) / run:.1f} times as many without what is shared"
+    return [("block passes", run, f"blocks of the model to run over all examples; {times}")]

@@ -9,6 +9,7 @@ from typing import Any
 from loraloom.adapter import Adapter
 from loraloom.probes.shapley import Shapley, shapley
 from loraloom.probing.asking import asked
+from loraloom.probing.naming import passes_row
 from loraloom.report import Bars, Heatmap, Report, Series, Table
 from loraloom.strategies.units import layer, role
 
@@ -63,6 +64,7 @@ def shapley_report_of(found: Shapley, name: str, task: str) -> Report:
         ("top third", share, f"share of the sum that the {third} highest of {len(found.units)} have"),
         ("gap", found.gap, "sum of the values less the gain"),
         ("evaluations", found.evaluations, f"{found.saved} more were known; {found.samples} draws"),
+        *passes_row(found.passes, found.passes_saved),
     ]
     told = f"{found.by} values of {len(found.units)} units ({found.unit}) for a gain of {gain:+.3f} on {task}"
     if share is not None:

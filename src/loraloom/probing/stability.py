@@ -7,6 +7,7 @@ from typing import Any
 from loraloom.adapter import Adapter
 from loraloom.probes.stability import Stability, stability
 from loraloom.probing.asking import asked
+from loraloom.probing.naming import passes_row
 from loraloom.report import Curve, Report, Series, Table
 
 
@@ -58,6 +59,7 @@ def stability_report_of(found: Stability, name: str, task: str) -> Report:
         ("all off", found.base, "the base"),
         *((f"kept at {p:g}", (y - found.base) / gain, "share of the gain") for p, y in _steps(found) if gain > 0),
         ("evaluations", found.evaluations, f"{found.saved} more were known"),
+        *passes_row(found.passes, found.passes_saved),
     ]
     p, y = found.at[-1], found.mean[-1]
     return Report(
