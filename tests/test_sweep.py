@@ -72,7 +72,10 @@ def test_every_job_is_done_once_and_counted(done) -> None:
     jobs = 1 + 4 + 2 + 2 * (2 * (2 + 1) + 2 + 2 * 2)
     assert len(list((folder / "journal").iterdir())) == jobs
     assert (
-        said[0].startswith(f"[1/{jobs}] ") and said[-2].startswith(f"[{jobs}/{jobs}] ") and "0:00:00 left" in said[-2]
+        said[0].startswith(f"[1/{jobs}] ")
+        and said[0].endswith("time left not known yet")
+        and said[-2].startswith(f"[{jobs}/{jobs}] ")
+        and "0:00:00 left" in said[-2]
     )
     assert len(list((folder / "adapters").iterdir())) == 6
     assert results(folder)["run"]["jobs"] == jobs
@@ -231,27 +234,13 @@ def test_tasks_are_merged_at_each_one_s_own_rate(tmp_path: Path, recipe_content:
     assert len({job.key for job in part}) == 8  # the same merge is scored on two tasks
 
 
-def test_a_run_that_breaks_down_has_no_right_answer(
-    table: Path,
-    recipe_content: dict,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from loraloom.sweep import work
-
-    def breaks(bench, recipe, **options):
-        if recipe.train.learning_rate == 0.03:
-            raise ValueError("module layer.0 has NaN or infinite entries")
-        return train_on(bench, recipe, **options)
-
-    train_on = work.train_on
-    monkeypatch.setattr(work, "train_on", breaks)
+def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_path: Path) -> None:  # noqa: F811
     measure = {"rates": "all", "interpolate": {"at": [0.5], "spaces": ["delta"]}}
-    made = sweep.read(written(tmp_path, recipe_content, arms={"LoRA": {}}, measure=measure))
+    made = sweep.read(written(tmp_path, recipe_content, arms={"LoRA": {}}, rates=[0.01, 1e38], measure=measure))
     found = sweep.run(made, tmp_path / "out", say=lambda line: None)
     by = {(record["measurement"], record["rate"]): record for record in found.records}
-    assert by["alone", 0.03]["by_seed"] == {"0": 0.0, "1": 0.0} and by["half way, delta", 0.03]["by_seed"] == {"0": 0.0}
-    assert by["alone", 0.01]["chosen"] and not by["alone", 0.03]["chosen"]
+    assert by["alone", 1e38]["by_seed"] == {"0": 0.0, "1": 0.0} and by["half way, delta", 1e38]["by_seed"] == {"0": 0.0}
+    assert by["alone", 0.01]["chosen"] and not by["alone", 1e38]["chosen"]
     assert found.panels[-1].rows[0][-1] == 3
 
 

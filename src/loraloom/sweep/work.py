@@ -172,7 +172,7 @@ class Worker:
         model, data = (recipe.model, recipe.dtype), recipe.data.model_dump()
         key = (*model, str(recipe.task), str(data))
         if model not in self._benches:
-            self._benches[model] = bench_of(recipe)
+            self._benches[model] = self._benches[key] = bench_of(recipe)
         if key not in self._benches:
             first = self._benches[model]
             live = {"family": first.family, "processor": first.processor}
@@ -187,15 +187,14 @@ class Worker:
             if found := self.journal.get(one):
                 times[_kind(one)].append(found["took"])
         done = [took for kind in times.values() for took in kind]
-        left = sum(
-            (count - len(times[kind])) * float(np.mean(times[kind] or done)) for kind, count in self._all.items()
-        )
+        left = sum((count - len(times[kind])) * np.mean(times[kind] or done) for kind, count in self._all.items())
+        untried = any(is_training and not times[is_training, axes] for is_training, axes in self._all)
+        rest = "time left not known yet" if untried else f"about {timedelta(seconds=round(left / self.processes))} left"
         where = [job.cell.arm, *job.cell.axes, job.cell.task, f"rate {job.cell.rate:g}", f"seed {job.seed}"]
         value = self.journal.correct(job, job.splits[-1]).mean()
-        rest = timedelta(seconds=round(left / self.processes))
         return (
             f"[{len(done)}/{self._all.total()}] {' '.join(where)}, {job.operation.name}: "
-            f"{value:.3f} on {job.splits[-1]}; about {rest} left"
+            f"{value:.3f} on {job.splits[-1]}; {rest}"
         )
 
 
