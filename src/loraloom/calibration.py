@@ -65,8 +65,8 @@ def _calibrated(
     how: CalibrateRecipe, first: LoRI, bench: Any, attached: Attached, fit: Callable[..., Any], work: Path
 ) -> Mask:
     """The mask of a run's own calibration, made once: a resumed run finds it again."""
-    kept = work / MASK
-    if kept.is_file():
+    kept, first_process = work / MASK, edge("processes").first
+    if first_process(kept.is_file):
         return load_mask(kept)
     exclude = tuple(map(protected, how.exclude))
     checkpoints = work / "calibration"
@@ -82,8 +82,8 @@ def _calibrated(
             source = edge("peft").from_model(model)
     mask = calibrate(source, density=how.density, scope=how.scope, exclude=exclude)
     mask = replace(mask, provenance={**mask.provenance, "source": how.by, "a": first.origin})
-    save_mask(mask, kept)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    first_process(lambda: save_mask(mask, kept))
+    first_process(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
     return mask
 
 

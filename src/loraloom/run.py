@@ -37,7 +37,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
     """Train the adapter that a recipe describes and save it as a PEFT folder with its provenance.
 
     While it runs, checkpoints lie in ``<output>.training``; the output folder appears whole at the end. A killed run
-    goes on with ``resume=True`` and ends in the same bits as one that was never interrupted.
+    goes on with ``resume=True`` and ends in the same bits as one that was never interrupted. Under ``accelerate
+    launch`` every process calls this and gets the same result; the first one writes (see docs/distributed.md).
 
     Raises:
         ValueError: the output exists, an unfinished run is in the way, or it was made from another recipe.
@@ -47,20 +48,20 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
         >>> trained.adapter.kind                                                               # doctest: +SKIP
         'lora'
     """
-    if resume and (finished := _finished(recipe)):
+    processes = edge("processes")
+    if resume and processes.first(lambda: _finished(recipe) is not None) and (finished := _finished(recipe)):
         return finished
-    check_output(recipe.output, overwrite)
+    processes.first(lambda: check_output(recipe.output, overwrite))
     bench = bench_of(recipe)
-    work = _working_folder(recipe, resume=resume, overwrite=overwrite)
+    work = processes.first(lambda: _working_folder(recipe, resume=resume, overwrite=overwrite))
     try:
         trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
     except (ValueError, OSError):
-        if (
-            not any(work.rglob("checkpoint-*")) and not (work / MASK).exists()
-        ):  # refused before the first step: nothing to go on with
+        # refused before the first step: nothing to go on with
+        if processes.is_first() and not any(work.rglob("checkpoint-*")) and not (work / MASK).exists():
             shutil.rmtree(work)
         raise
-    shutil.rmtree(work)
+    processes.first(lambda: shutil.rmtree(work))
     return trained
 
 
@@ -115,7 +116,7 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
     config = {**adapter.config, "base_model_name_or_path": bench.name}
     made = Adapter(config, adapter.modules, adapter.extras, provenance)
     beside = None if mask is None else lambda folder: save_mask(mask, folder / MASK)
-    save(made, recipe.output, overwrite=overwrite, beside=beside)
+    edge("processes").first(lambda: save(made, recipe.output, overwrite=overwrite, beside=beside))
     return Trained(load(recipe.output), recipe.output, done.seconds, done.log_history)
 
 
@@ -128,12 +129,16 @@ def _train_whole(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progre
         done = fit.fit(model, bench.training, collate=bench.collate, options=options, loss=bench.loss)
         record = {"seconds": done.seconds, "log": [dict(entry) for entry in done.log_history]}
         made = {"operation": "train", "arguments": _arguments(recipe), "seed": recipe.seed, "record": record}
-        with whole_folder(recipe.output.resolve(), **marked) as folder:
-            with edge("backbones").without_bars():
-                model.save_pretrained(folder)
-            bench.processor.save_pretrained(folder)
-            told = written_as(Adapter({}, {}, provenance=made), "", {})
-            write_text(folder / RECORD, json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+        def write() -> None:
+            with whole_folder(recipe.output.resolve(), **marked) as folder:
+                with edge("backbones").without_bars():
+                    model.save_pretrained(folder)
+                bench.processor.save_pretrained(folder)
+                told = written_as(Adapter({}, {}, provenance=made), "", {})
+                write_text(folder / RECORD, json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+        edge("processes").first(write)
     return Trained(None, recipe.output, done.seconds, done.log_history)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loraloom import untrusted
+from loraloom.registry import edge
 
 app = typer.Typer(
     name="loraloom",
@@ -62,11 +64,17 @@ def command(name: str, on: typer.Typer = app) -> Callable[[Callable[..., None]],
             try:
                 function(**arguments)
             except (ValueError, OSError) as error:
-                print(f"loraloom {name}: {line_of(error)}", file=sys.stderr)
+                if edge("processes").speaks(error):
+                    print(f"loraloom {name}: {line_of(error)}", file=sys.stderr)
                 raise typer.Exit(2) from None
-            except KeyboardInterrupt:
+            except RuntimeError:
+                if not edge("processes").told():  # no fault of ours where another process has ended
+                    raise
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt as stop:
                 hint = "; the same command with --resume goes on" if name in ("train", "sweep") else ""
-                print(f"loraloom {name}: stopped{hint}", file=sys.stderr)
+                if edge("processes").speaks(stop):
+                    print(f"loraloom {name}: stopped{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None
 
         return on.command(name.rsplit(maxsplit=1)[-1])(run)
@@ -110,7 +118,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def written() -> str:
     """The command line, for the record."""
-    return "loraloom " + " ".join(sys.argv[1:])
+    return shlex.join(["loraloom", *sys.argv[1:]])
 
 
 def saved(adapter: Any, out: Path, overwrite: bool, as_json: bool, **more: Any) -> None:

@@ -24,6 +24,7 @@ from loraloom.integrations.checkpoints import (
     last_complete,
     remove_torn,
 )
+from loraloom.integrations.processes import join
 from loraloom.integrations.trainer import CoToCallback, RichProgress
 from loraloom.probes.balance import Balance
 from loraloom.strategies import Strategy
@@ -38,10 +39,11 @@ class FitOptions:
     Attributes:
         output: folder of the checkpoints (``checkpoint-N``).
         steps: optimizer steps of the whole run.
-        batch_size: examples of one forward pass on one device; ``accumulate`` of them make an optimizer step.
+        batch_size: most examples of one forward pass on one device; ``batch_size * accumulate`` make an optimizer
+            step, over all processes together: the same examples whatever their number.
         lr: peak learning rate of AdamW.
         seed: of the data order, which depends on nothing else, and of the model's dropout.
-        accumulate: forward passes an optimizer step.
+        accumulate: forward passes an optimizer step, of one process; several share them.
         warmup: steps of linear warm-up.
         scheduler: what follows it, by the name that Transformers gives it: linear, cosine, constant_with_warmup, ...
         weight_decay: of AdamW.
@@ -137,10 +139,12 @@ def fit(
         The logs and the time; the weights are in ``model``, all gates open.
 
     Raises:
-        ValueError: ``output`` has checkpoints and ``resume`` is off, or they are of a run of other length.
+        ValueError: ``output`` has checkpoints and ``resume`` is off, or they are of a run of other length; or the
+            examples of a step cannot be split evenly over the processes.
         KeyboardInterrupt: after Ctrl-C, once the step that was under way is done and a checkpoint is written.
         OSError: the disk is full.
     """
+    join()
     start = _starting_point(options)
     done = 0 if start is None else int(_state(start)["global_step"])
     if start is not None and done == options.steps:
@@ -169,6 +173,7 @@ def fit(
         compute_loss_func=loss,
         callbacks=[callback for callback in extra if callback is not None],
     )
+    _check_sharing(trainer, start)
     trainer.remove_callback(PrinterCallback)
     if loss is not None:
         trainer.model_accepts_loss_kwargs = False  # the count of labels is for the loss, not for a backbone's forward
@@ -228,16 +233,68 @@ class _Weights(TrainerCallback):
             save_file({name: weight.detach().contiguous() for name, weight in self._held.items()}, folder / _TRAINED)
 
 
+def share(examples: int, most: int, processes: int) -> tuple[int, int]:
+    """How a process takes its part of a step: examples a forward pass, and passes.
+
+    Args:
+        examples: of one optimizer step, over all processes.
+        most: examples of one forward pass.
+        processes: their number.
+
+    Raises:
+        ValueError: there is no even split.
+
+    Example:
+        >>> share(16, 8, 1), share(16, 8, 2), share(12, 8, 2)
+        ((8, 2), (8, 1), (6, 1))
+    """
+    each, left = divmod(examples, processes)
+    if left or not each:
+        raise ValueError(
+            f"batch_size * accumulate = {examples} examples a step cannot be split over {processes} processes; "
+            f"allowed are multiples of {processes}"
+        )
+    passes = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= most)
+    return each // passes, passes
+
+
+def _check_sharing(trainer: Trainer, start: Path | None) -> None:
+    """Refuse what cannot be done with a model in parts.
+
+    Raises:
+        ValueError: a model is trained in place, or the checkpoint is of another kind of run.
+    """
+    now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else "DDP or one process"
+    if now != "DDP or one process" and not isinstance(trainer.model, PeftModel):
+        raise ValueError(f"weights of a model without adapters are not trained under {now}; allowed: DDP, one process")
+    if start is None:
+        return
+    parts = len(list(start.glob("global_step*/*_optim_states.pt")))
+    then = "DDP or one process"
+    if parts:
+        then = "DeepSpeed"
+    elif any(start.glob("pytorch_model_fsdp*")):
+        then = "FSDP"
+    if then != now:
+        raise ValueError(f"{start} was written under {then}, this run is of {now}: resume it as it was begun")
+    if parts not in (0, trainer.args.world_size):
+        raise ValueError(
+            f"{start} holds the parts of {parts} DeepSpeed processes, these are {trainer.args.world_size}: "
+            f"resume it with {parts}"
+        )
+
+
 def _arguments(options: FitOptions) -> TrainingArguments:
     has_device = torch.accelerator.is_available()
     names = {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    batch, passes = share(options.batch_size * options.accumulate, options.batch_size, join().num_processes)
     checkpointing: dict[str, Any] = {name: options.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulate,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=passes,
         learning_rate=options.lr,
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup,
@@ -252,6 +309,7 @@ def _arguments(options: FitOptions) -> TrainingArguments:
         bf16=options.bf16,
         report_to=[options.report_to] if isinstance(options.report_to, str) else list(options.report_to),
         use_cpu=not has_device,
+        ddp_broadcast_buffers=False,  # of a frozen base and of masks: the same everywhere
         dataloader_pin_memory=has_device,
         dataloader_num_workers=0,
         remove_unused_columns=False,
@@ -262,8 +320,6 @@ def _arguments(options: FitOptions) -> TrainingArguments:
 
 def _starting_point(options: FitOptions) -> Path | None:
     """The checkpoint to go on from, after clearing away torn ones."""
-    from accelerate import PartialState
-
     if not options.resume:
         found = sorted(Path(options.output).glob("checkpoint-*"))
         if found:
@@ -271,7 +327,7 @@ def _starting_point(options: FitOptions) -> Path | None:
                 f"{options.output} has checkpoints already ({found[0].name}); resume, or choose another folder"
             )
         return None
-    with PartialState().main_process_first():
+    with join().main_process_first():
         remove_torn(options.output)
     start = last_complete(options.output)
     if start is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.experts import as_stored
+from loraloom.integrations.processes import gathered, whole
 from loraloom.layout import PREFIX, as_configured, check_config, from_state_dict, knows_targets, settled, to_state_dict
 from loraloom.modalities import MOKA, plan_of
 from loraloom.store import load
@@ -281,6 +282,8 @@ def bare(model: nn.Module) -> Snapshot:
 def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     """A snapshot (detached clones) of an adapter of a live PeftModel: what ``save_pretrained`` and ``load`` would give.
 
+    Of a model in parts (FSDP2, ZeRO 3) too: then every process calls this.
+
     Raises:
         UnsupportedKind: the adapter is more than factors can say (also PiSSA and the like, whose base has changed).
         ValueError: no adapter of that name.
@@ -304,10 +307,11 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     if config.get("task_type") is None:
         config["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     check_config(config, "the live adapter")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), gathered(peft_model):
         warnings.simplefilter("ignore")  # PEFT announces that it saves targeted embeddings, and that it is offline
         live: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-    return from_state_dict(config, {key: tensor.detach().clone() for key, tensor in live.items()}, "the live adapter")
+        held = {key: whole(tensor.detach()).clone() for key, tensor in live.items()}
+    return from_state_dict(config, held, "the live adapter")
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
+from loraloom.integrations.processes import fill, whole
 from loraloom.layout import PREFIX
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class _Sparse:
         self.register_buffer(f"{kept}_rest", rest if rest.any() else None, persistent=False)
 
     def _dense(self: Any, kept: str) -> Tensor:
-        """The dense weight, differentiable in the kept entries."""
+        """The dense weight, differentiable in the kept entries (all of them: those of other processes are fetched)."""
         index, rest = self._buffers[f"{kept}_index"], self._buffers[f"{kept}_rest"]
-        return _Scatter.apply(self._parameters[kept], index, rest, self._form[kept])
+        return _Scatter.apply(whole(self._parameters[kept]), index, rest, self._form[kept])
 
     def _thicken(self: Any, name: str, kept: str) -> None:
         """The dense parameter again; the class is that of PEFT when nothing sparse is left."""
@@ -88,13 +89,14 @@ class _Sparse:
             errors.append(f"size mismatch for {key}: {tuple(dense.shape)}, the model has {tuple(self._form[kept])}")
             return
         with torch.no_grad():
-            values = dense.to(self._parameters[kept])
+            parameter = self._parameters[kept]
+            values = whole(dense).to(parameter.device, parameter.dtype)
             outside = values.reshape(-1).clone()
             outside[index] = 0
             if not torch.equal(outside, torch.zeros_like(outside) if rest is None else rest.reshape(-1).to(outside)):
                 errors.append(f"{key} has other values than this model where its LoRI mask does not train")
                 return
-            self._parameters[kept].copy_(values.reshape(-1)[index])
+            fill(parameter, values.reshape(-1)[index])
 
 
 class _SparseWeight(_Sparse):

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from loraloom.integrations.gates import Gates
+from loraloom.integrations.reduction import is_replicated, reduce_gradients, taking_part
 from loraloom.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class CoToCallback(TrainerCallback):
         plan: CoTo or another strategy. Where its ``total_steps`` is None, the Trainer's number of steps is taken.
 
     Raises:
-        ValueError: when training begins: ``total_steps`` is not the Trainer's, or the model has no PEFT layers.
+        ValueError: when training begins: ``total_steps`` is not the Trainer's, the model has no PEFT layers, or
+            DeepSpeed trains a plan that skips parameters.
     """
 
     def __init__(self, plan: Strategy) -> None:
@@ -50,6 +52,12 @@ class CoToCallback(TrainerCallback):
         self._run = _Run(_completed(self.plan, state.max_steps), kwargs["model"])
         self._report = {}
         self._attach()
+        if self.plan.skips_parameters and self._trainer.by_deepspeed:
+            self._trainer.detach()
+            raise ValueError(
+                f"{type(self.plan).__name__} cannot be trained by DeepSpeed, which steps all parameters as one vector: "
+                "switched-off adapters would move; allowed are DDP and FSDP2"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gates as drawn for this optimizer step; called once a step, before its first micro-batch."""
@@ -87,10 +95,17 @@ class CoToCallback(TrainerCallback):
         """
 
         def step(before: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def training_step(*args: Any, **kwargs: Any) -> Tensor:
+            def training_step(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+                run = self._begun()
                 try:
-                    self._begun().draw(self._trainer.state.global_step)
-                    return before(*args, **kwargs)
+                    run.draw(self._trainer.state.global_step)
+                    if not (run.plan.skips_parameters and is_replicated(model)):
+                        return before(model, *args, **kwargs)
+                    with model.no_sync():
+                        loss = before(model, *args, **kwargs)
+                    if self._trainer.last_of_step:
+                        reduce_gradients(taking_part(model, run.weights, run.active), model.process_group)
+                    return loss
                 finally:
                     self.open()
 
@@ -123,6 +138,16 @@ class Extended:
     def state(self) -> Any:
         """The state of the Trainer that is extended."""
         return None if self._trainer is None else self._trainer.state
+
+    @property
+    def last_of_step(self) -> bool:
+        """Whether the pass under way is the last one before the optimizer's step."""
+        return self._trainer is None or bool(self._trainer.accelerator.sync_gradients)
+
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self._trainer is not None and bool(self._trainer.is_deepspeed_enabled)
 
     def attach(self, **wrappers: Callable[[Callable], Callable]) -> None:
         """Put ``wrappers[name](method)`` in the place of each method; nothing where no Trainer calls."""
