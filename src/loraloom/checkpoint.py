@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.folders import UNFINISHED
 from loraloom.registry import edge
 from loraloom.safefile import SafeFile
+from loraloom.untrusted import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Models of Transformers whose linear layers of these names are of its class Conv1D: stored in x out.
@@ -71,10 +71,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise ValueError(f"{self.folder / INDEX}: {missing[0]} is in none of the shards")
 
     def _json(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name} is not valid JSON: {str(error).splitlines()[0]}") from None
+        found = read_json(self.folder / name)
         if not isinstance(found, dict):
             raise ValueError(f"{self.folder / name}: expected a JSON object, got {type(found).__name__}")
         return found

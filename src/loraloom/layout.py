@@ -23,6 +23,8 @@ from torch import Tensor
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
 from loraloom.experts import as_stored, holds_experts, owner_of, place_of, spread, unpacked
 from loraloom.modalities import MOKA, Stacked, modality_part, plan_of, spread_modalities, stored_shape
+from loraloom.stream import OnDemand
+from loraloom.untrusted import expression, is_number, short, word
 
 PREFIX = "base_model.model."
 
@@ -46,7 +48,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule for ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path wins."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if expression(rf"(.*\.)?({key})$")(name):
             return value
     return (pattern or {}).get(name, default)
 
@@ -94,8 +96,12 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
     kind = config.get("peft_type")
     if str(kind).upper() not in ("LORA", "HIRA", MOKA):
-        raise UnsupportedKind(f"{where}: peft_type {kind!r} is not supported; allowed: LORA, HIRA, {MOKA}")
+        raise UnsupportedKind(f"{where}: peft_type {short(kind)} is not supported; allowed: LORA, HIRA, {MOKA}")
     plan_of(config, where)
+    for key in (*_TARGETS, "target_parameters"):
+        held = config.get(key)
+        if not all(isinstance(one, str | int | None) for one in (held if isinstance(held, list | set) else [held])):
+            raise ValueError(f"{where}: {key} must be a text, a number, or a list of them, got {short(held)}")
     for key in _VARIANTS:
         if config.get(key):
             raise UnsupportedKind(f"{where}: {key} is set; adapters of that variant are not factors B and A alone")
@@ -106,27 +112,32 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
             "save it with PEFT's path_initial_model_for_weight_conversion to get an ordinary LoRA"
         )
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        spread = config.get(pattern) or {}
-        if not isinstance(spread, dict):
-            raise ValueError(f"{where}: {pattern} must map module names to numbers, got {spread!r}")
-        for name in spread:
-            try:
-                re.compile(name)
-            except re.error as error:
-                raise ValueError(f"{where}: {pattern} {name!r} is not a regular expression: {error}") from error
-        for name, number in [(key, config.get(key, 8)), *spread.items()]:
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-                raise ValueError(f"{where}: {name} must be a finite number, got {number!r}")
-            if key == "r" and (number < 1 or number != int(number)):
-                raise ValueError(f"{where}: rank {name} must be a whole number of at least 1, got {number!r}")
+        _check_numbers(config, where, key, pattern)
     return config
+
+
+def _check_numbers(config: Mapping[str, Any], where: str, key: str, pattern: str) -> None:
+    """Refuse a rank or alpha that is none, for all modules or in a pattern."""
+    spread = config.get(pattern) or {}
+    if not isinstance(spread, dict):
+        raise ValueError(f"{where}: {pattern} must map module names to numbers, got {short(spread)}")
+    for name in spread:
+        try:
+            expression(name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {pattern} {error}") from None
+    for name, number in [(key, config.get(key, 8)), *spread.items()]:
+        if not is_number(number):
+            raise ValueError(f"{where}: {word(name)} must be a finite number, got {short(number)}")
+        if key == "r" and (number < 1 or number != int(number)):
+            raise ValueError(f"{where}: rank {word(name)} must be a whole number of at least 1, got {short(number)}")
 
 
 def digest(config: Mapping[str, Any], names: Iterable[str]) -> str:
     """A mark of one set of modules together with the configuration that selects it."""
     chosen = {key: config.get(key) for key in _TARGETS}
     if isinstance(chosen["target_modules"], list | set | tuple):
-        chosen["target_modules"] = sorted(chosen["target_modules"])
+        chosen["target_modules"] = sorted(chosen["target_modules"], key=str)
     told = json.dumps([chosen, sorted({owner_of(name) for name in names})], default=sorted, sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 
@@ -184,22 +195,6 @@ class Source:
     def checked(self, key: str) -> Tensor:
         """One tensor, refused if any entry is NaN or infinite."""
         return _finite(self.read(key), f"{self.where}: {key.removeprefix(PREFIX)}")
-
-
-class _Extras(Mapping[str, Tensor]):
-    """Tensors beside the factors by parameter path, read when asked for."""
-
-    def __init__(self, source: Source, keys: Mapping[str, str]) -> None:
-        self._source, self._keys = source, keys
-
-    def __getitem__(self, path: str) -> Tensor:
-        return self._source.checked(self._keys[path])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
@@ -303,8 +298,9 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
         )
 
     recent = lru_cache(maxsize=2)(whole)  # the experts of one parameter are read one after the other
+    held = OnDemand(extras, lambda path: source.checked(extras[path]))
     marked = {**provenance, "targets": digest(config, shapes)}
-    return Adapter(config, Modules(list(shapes), read, shapes.__getitem__), _Extras(source, extras), marked)
+    return Adapter(config, Modules(list(shapes), read, shapes.__getitem__), held, marked)
 
 
 def from_state_dict(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str = "state dict") -> Adapter:

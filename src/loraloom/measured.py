@@ -16,6 +16,7 @@ from torch import Tensor
 from loraloom.adapter import UnsupportedKind
 from loraloom.folders import whole_file
 from loraloom.safefile import SafeFile, Writer
+from loraloom.stream import OnDemand
 
 KINDS = ("gram", "fisher")
 _MARK = "loraloom_statistics"  # in the file's metadata: the kind
@@ -107,25 +108,8 @@ def load_statistics(path: str | Path) -> Statistics:
     kind = about.pop(_MARK, None)
     if kind not in KINDS:
         raise ValueError(f"{where} holds no statistics of `loraloom measure` (its kind is {kind!r})")
-    return Statistics(kind, _InFile(file), about)
-
-
-class _InFile(Mapping[str, Tensor]):
-    """The tensors of an open file."""
-
-    def __init__(self, file: SafeFile) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._file.shapes:
-            raise KeyError(name)
-        return _finite(self._file.read(name), f"{self._file.path}: {name}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.shapes)
-
-    def __len__(self) -> int:
-        return len(self._file.shapes)
+    held = OnDemand(file.shapes, lambda name: _finite(file.read(name), f"{where}: {name}"))
+    return Statistics(kind, held, about)
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:

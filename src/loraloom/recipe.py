@@ -18,13 +18,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.tasks.hub import HubTask
-from loraloom.untrusted import parse_yaml, read_yaml, short
+from loraloom.untrusted import parse_yaml, read_yaml, short, word
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -181,11 +190,13 @@ def task_of(value: Any) -> Any:
     allowed = [field.name for field in dataclasses.fields(HubTask)]
     for key in value:
         if key not in allowed:
-            raise ValueError(_unknown(str(key), str(key), allowed))
+            raise ValueError(_unknown(word(key), str(key), allowed))
     if "dataset" not in value:
         raise ValueError("dataset is missing: a hub id or a local folder")
-    fields: dict[str, Any] = {key: tuple(held) if isinstance(held, list) else held for key, held in value.items()}
-    return HubTask(**fields)
+    try:
+        return TypeAdapter(HubTask).validate_python({key: "" if held is None else held for key, held in value.items()})
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
 
 
 def read_task(text: str) -> Any:
@@ -313,7 +324,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"recipe {path}: a mapping of keys is needed, got {type(content).__name__}")
     for override in overrides:
         _set(content, override)
-    return parse(_numbers(content), source=f"recipe {path}")
+    return parse(content, source=f"recipe {path}")
 
 
 def bundled_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -337,22 +348,10 @@ def _set(content: dict[str, Any], override: str) -> None:
     content[last] = parse_yaml(value, f"--set {override}")
 
 
-def _numbers(value: Any) -> Any:
-    """YAML reads ``1e-3`` as text (it wants ``1.0e-3``); users mean the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(inner) for key, inner in value.items()}
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() and value[0] in "0123456789.+-" else value
-        except ValueError:
-            return value
-    return value
-
-
 def explain(error: ValidationError, whole: type[BaseModel] | None = None) -> str:
     """The first error of a validation of ``whole`` (a recipe) as one line."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if str(part) not in _TAGS]
+    place = [word(part) for part in first["loc"] if str(part) not in _TAGS]
     where = ".".join(place)
     if first["type"] == "extra_forbidden":
         allowed = _fields(first["loc"][:-1], whole or Recipe)

@@ -1,16 +1,41 @@
-"""Reading ahead: the next few results are made in other threads while the last one is used."""
+"""Reading when asked for, and ahead: the next few results are made in other threads while the last one is used."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for and not kept.
+
+    Example:
+        >>> held = OnDemand(["a"], lambda name: torch.ones(2))
+        >>> list(held), held["a"]
+        (['a'], tensor([1., 1.]))
+    """
+
+    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def ahead(make: Callable[[T], R], items: Iterable[T], *, workers: int = 2, depth: int = 2) -> Iterator[tuple[T, R]]:

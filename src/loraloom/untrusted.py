@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import regex
 import yaml
 
 MOST_JSON, MOST_YAML = 1 << 28, 1 << 20  # bytes of a file
@@ -43,7 +47,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """What a YAML text says: plain values only, whatever its tags ask for.
+    """What a YAML text says: plain values only, whatever its tags ask for; ``1e-3`` is a number.
 
     Raises:
         ValueError: it is not YAML, a map has a key twice, it is nested too deep, or has too many values, those of
@@ -70,7 +74,7 @@ def parse_yaml(text: str, where: object) -> Any:
         if loader is not None:
             loader.dispose()
     _check_depth(found, where, most=ENTRIES)
-    return found
+    return _numbers(found)
 
 
 def read_json(path: Path) -> Any:
@@ -103,6 +107,20 @@ def short(value: object, most: int = 80) -> str:
     return told if len(told) <= most else told[:most] + "..."
 
 
+def _numbers(value: Any) -> Any:
+    """YAML reads ``1e-3`` as text (it wants ``1.0e-3``); users mean the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[0] in "0123456789.+-" else value
+        except ValueError:
+            return value
+    return value
+
+
 def _check_keys(root: yaml.Node | None) -> None:
     """Refuse a YAML map with a key twice."""
     left, seen = [root], set[int]()
@@ -118,6 +136,51 @@ def _check_keys(root: yaml.Node | None) -> None:
             left += node.value
 
 
+@lru_cache(maxsize=1 << 16)
+def expression(text: str) -> Callable[[str], bool]:
+    """A regular expression as a test of whether another text begins with what it describes; it gives up after a second.
+
+    Raises:
+        ValueError: it is not a regular expression; from the test: it takes too long.
+
+    Example:
+        >>> expression("a+$")("aaa"), expression("a+$")("b")
+        (True, False)
+    """
+    try:
+        compiled = regex.compile(text)
+    except regex.error as error:
+        raise ValueError(f"{short(text)} is not a regular expression: {error}") from None
+
+    def begins(other: str) -> bool:
+        try:
+            return compiled.match(other, timeout=1) is not None
+        except TimeoutError:  # there are some that take years
+            raise ValueError(f"the expression {short(text)} takes too long on {short(other)}") from None
+
+    return begins
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number that a float can hold: not NaN, infinite, larger than any float, True or False.
+
+    Example:
+        >>> is_number(2), is_number(float("nan")), is_number(10**400), is_number(True), is_number("2")
+        (True, False, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def word(key: object) -> str:
+    """A key for a message: as it is where it is a plain word, else as ``short`` has it.
+
+    Example:
+        >>> word("train.steps"), word("a\\nb")
+        ('train.steps', "'a\\\\nb'")
+    """
+    return str(key) if re.fullmatch(r"[\w.-]{1,40}", str(key)) else short(key)
+
+
 class _Twice(Exception):
     """A map with a key twice."""
 
@@ -125,8 +188,7 @@ class _Twice(Exception):
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Twice(next(key for at, key in enumerate(keys) if key in keys[:at]))
+        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return found
 
 

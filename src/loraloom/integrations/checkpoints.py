@@ -70,7 +70,7 @@ def is_whole(folder: str | Path) -> bool:
             (folder / name).stat().st_size == entry["bytes"] and file_digest(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):  # unreadable is torn too
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # unreadable is torn too
         return False
 
 

@@ -5,13 +5,13 @@ The plan. What it does to tensors is in ``rankspace.py``, PEFT's layers and hook
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from loraloom.registry import UnknownName, edge
+from loraloom.untrusted import is_number
 
 ATTENTION = ("cross", "none", "uniform", "text-as-query")
 KEYS = ("prompt", "after-last-modality", "span", "explicit")
@@ -77,7 +77,7 @@ class MokA:
         self._check_modalities()
         self._check_names()
         self._check_by_name("rank", lambda rank: _whole(rank) and rank >= 1, "a whole number of at least 1")
-        self._check_by_name("weight", _finite, "finite")
+        self._check_by_name("weight", is_number, "finite")
         self._check_numbers()
         if self.keys == "span" or self.span is not None:
             span = tuple(self.span) if isinstance(self.span, Sequence) else ()
@@ -125,9 +125,9 @@ class MokA:
                 raise ValueError(f"{name} shares its A with {first}, so their {what} must be the same")
 
     def _check_numbers(self) -> None:
-        if not _finite(self.alpha) or self.alpha <= 0:
+        if not is_number(self.alpha) or self.alpha <= 0:
             raise ValueError(f"alpha must be finite and above 0, got {self.alpha!r}")
-        if not _finite(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if not _whole(self.heads) or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads must divide the rank {self.width}, got {self.heads!r}")
@@ -208,7 +208,3 @@ class MokA:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

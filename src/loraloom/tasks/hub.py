@@ -76,6 +76,10 @@ class HubTask:
             judge_of(self.judge)
             if not self.answer:
                 raise ValueError(f"judge {self.judge!r} needs the answer: the column that the right answers stand in")
+        for _, field, _, _ in string.Formatter().parse(self.prompt):
+            if field is not None and field not in ("content", *self.media):
+                allowed = ", ".join(("content", *self.media))
+                raise ValueError(f"prompt names {{{field}}}; allowed: {allowed}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 

@@ -1,0 +1,89 @@
+"""Work in a forked child, which may be limited, hang, be killed or kill itself; what it tells comes through a pipe."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Child:
+    """A forked process that runs ``work(tell)``; lines it tells can be read while it runs.
+
+    Args:
+        work: called with a function that tells one line; its output and its signals are the child's own.
+        memory: bytes of address space beyond those of now.
+    """
+
+    def __init__(self, work: Callable[[Callable[[str], None]], object], *, memory: int | None = None) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out, into = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks where threads run
+            self.pid = os.fork()
+        if self.pid == 0:
+            self._live(work, into, memory)
+        os.close(into)
+        self._pipe, self._rest, self.status = out, b"", None
+
+    @staticmethod
+    def _live(work: Callable[[Callable[[str], None]], object], pipe: int, memory: int | None) -> None:
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if memory is not None:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+                resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+            work(lambda line: os.write(pipe, (line.replace("\n", "\\n") + "\n").encode("utf-8", "backslashreplace")))
+            code = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+
+    def line(self, seconds: float) -> str | None:
+        """The next line; None at the end.
+
+        Raises:
+            TimeoutError: none came in that time.
+        """
+        while b"\n" not in self._rest:
+            if not select.select([self._pipe], [], [], seconds)[0]:
+                raise TimeoutError
+            got = os.read(self._pipe, 1 << 16)
+            if not got:
+                return None
+            self._rest += got
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode("utf-8", "replace")
+
+    def end(self, kill: bool = False) -> int:
+        """Wait for its end (or bring it about): the exit status, or minus the signal."""
+        if self.status is None:
+            if kill:
+                os.kill(self.pid, signal.SIGKILL)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self._pipe)
+        return self.status
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """Run it in a child: 0, 1 after an exception, or minus the signal that killed it."""
+    return Child(lambda tell: work()).end()
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """A temporary folder in memory where the system has one: nothing waits for a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
