@@ -6,7 +6,7 @@ keep as well; most is not kept at all.
 
 Costs for n tokens and a weight of out x in, beside 4 n in out of the frozen layer (forward, and backward through its
 input): LoRA 6 n r (in + out); DoRA in addition 2 r in out, and a pass each way over the output; HiRA 2 n in out for the
-gradient of the product, 8 r in out, and two passes each way over the weight, in blocks that stay in the cache.
+gradient of the product, 8 r in out, and two passes each way over the weight, block by block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = {"cpu": 2**18}  # entries of a weight that are worked on at a time
+BLOCK = {"cpu": 2**20}  # entries of a weight that are worked on at a time
 _BLOCK_ELSEWHERE = 2**24
 
 
@@ -187,9 +187,10 @@ class _Hira(torch.autograd.Function):
         for weight, bias, a, b in parts:
             kind = dtype or torch.promote_types(weight.dtype, a.dtype)
             seen, one = flat.to(kind), whole and _holds_one(kind)
-            y = F.linear(seen, weight.to(kind)) if whole and not one else seen.new_zeros(len(seen), len(weight))
+            y = F.linear(seen, weight.to(kind)) if whole and not one else seen.new_empty(len(seen), len(weight))
             for rows in _blocks(weight):
-                y[:, rows].addmm_(seen, _product(weight[rows], a, b[rows], one, kind).T)
+                product = _product(weight[rows], a, b[rows], one, kind).T
+                torch.addmm(y[:, rows], seen, product, beta=int(whole and not one), out=y[:, rows])
             if whole and bias is not None:
                 y += bias
             outs.append(y.to(dtype or x.dtype).view(*x.shape[:-1], -1))
@@ -277,7 +278,7 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight, so many at a time that a block stays near the processor."""
+    """Rows of a weight, so many at a time that a product of theirs is small beside the model."""
     out, width = weight.shape
     most = max(1, BLOCK.get(weight.device.type, _BLOCK_ELSEWHERE) // max(width, 1))
     count = -(-out // most)  # equal blocks: a short last one would be slow
@@ -288,7 +289,7 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 def _product(weight: Tensor, a: Tensor, b: Tensor, one: bool, kind: torch.dtype) -> Tensor:
     """``W * (B A)``, or ``W * (1 + B A)``."""
     product = torch.mm(b.to(kind), a.to(kind))
-    return product.add_(1.0).mul_(weight) if one else product.mul_(weight)
+    return torch.addcmul(weight.to(kind), weight, product, out=product) if one else product.mul_(weight)
 
 
 def _holds_one(kind: torch.dtype) -> bool:

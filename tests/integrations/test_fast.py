@@ -156,11 +156,13 @@ def test_checkpointing_of_both_kinds(kind, reentrant):
         assert worst(outcome(model, X), wanted) < 1e-12
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_and_mixed_types_are_as_near_as_peft_is_to_itself(kind):
-    exact = outcome(adapted(KINDS[kind]()), X)
-    for autocast in (True, False):
-        model = adapted(KINDS[kind](), dtype=torch.float32)
+def test_rounding_in_16_bits_is_no_worse_than_peft_s(kind, autocast):
+    ours, theirs = 0.0, 0.0
+    for seed in range(10):
+        exact = outcome(adapted(KINDS[kind](), seed=seed), X)
+        model = adapted(KINDS[kind](), dtype=torch.float32, seed=seed)
         if not autocast:  # weights in bfloat16, factors in float32, as PEFT has them
             for name, weight in model.named_parameters():
                 weight.data = weight.data.bfloat16() if "base_layer" in name else weight.data
@@ -169,21 +171,25 @@ def test_autocast_and_mixed_types_are_as_near_as_peft_is_to_itself(kind):
             wanted = outcome(model, x)
             found = [outcome(ll.fast(model), x) for _ in range(2)][-1]
         assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in wanted.items()}
-        assert worst(found, exact) < 1.5 * worst(wanted, exact) + 1e-3
+        ours, theirs = ours + worst(found, exact), theirs + worst(wanted, exact)
+    assert 0 < ours < 1.25 * theirs
 
 
-def test_frozen_a_of_lori_holds_no_input():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_lori(sparse):
     model = adapted(LoraConfig(r=3))
-    lori = ll.LoRI(seed=0)
+    draw = torch.Generator().manual_seed(0)
+    paths = [f"{layer}.{name}" for layer in (0, 1) for name in "qkvo"]
+    mask = ll.Mask.of({path: torch.rand(8, 3, generator=draw) < 0.4 for path in paths})
+    lori = ll.LoRI(mask=mask if sparse else None, start="fresh", seed=0)
     lori.attach(model)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.3)
     wanted = outcome(model, X)
+    assert not any("lora_A" in name for name in wanted)
     for _ in range(2):
         assert worst(outcome(ll.fast(model), X), wanted) < 1e-12
-    mask = ll.calibrate(ll.from_peft(model), density=0.3) if hasattr(ll, "from_peft") else None
-    assert mask is None or mask.kept
 
 
 def test_state_dict_copies_and_pickles():

@@ -75,7 +75,9 @@ class _Siblings:
     """Layers of one parent; those that are called with the same input, one after another, are computed together.
 
     Which they are is learned: a layer joins the one before it that was called with the very same tensor, and leaves
-    when that was in vain. What is computed ahead is held until its layer is called, or another takes the lead.
+    when that was in vain. What is computed ahead is held until its layer is called, or another takes the lead. Where
+    saved tensors pass through hooks, every layer is on its own: checkpoints that compute again want the same number of
+    them both times, whatever has been learned in between.
     """
 
     def __init__(self) -> None:
@@ -157,7 +159,7 @@ def _together(
     adapted, dropout, dtype = own
     if dropout is not None:
         return _with_dropout(layer, x, adapted, dropout, dtype)
-    if alone:
+    if alone or torch._C._autograd._top_saved_tensors_default_hooks(False):
         (out,) = run(x, [adapted], dtype=dtype)
         return out
     siblings = layer._siblings
