@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.strategies import Strategy
@@ -38,10 +39,10 @@ class Gates:
     PEFT nests them for MoE parameters) go with the outermost. Modules that PEFT saves whole (``modules_to_save``,
     ``trainable_token_indices``) are no adapters and have no gate.
 
-    With gradient checkpointing a step's backward pass belongs inside the same state as its forward pass. Where all
-    checkpoints are non-reentrant (Transformers' default), making gates also removes the hook by which Transformers and
-    PEFT let the embeddings' output require a gradient: nothing needs it there, and with it every backward pass would
-    run down to the embeddings whatever is closed.
+    With gradient checkpointing a step's backward pass belongs inside the same state as its forward pass. Making gates
+    removes the hook by which Transformers and PEFT let the embeddings' output require a gradient: with it every
+    backward pass would run down to the embeddings whatever is closed. Only reentrant checkpoints need a gradient to
+    come in; with these the first layer that learns asks for it itself, and those below it make no checkpoint.
 
     Args:
         model: a PEFT model, or any model with PEFT layers in it, wrapped (DDP, torch.compile) or not.
@@ -240,16 +241,45 @@ def _start_that_changes_base(model: nn.Module) -> str:
 
 
 def _free_inputs(model: nn.Module) -> None:
-    checkpoints = [
-        getattr(module, "_gradient_checkpointing_func", None)
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False)
-    ]
-    settings = [getattr(function, "keywords", {}) for function in checkpoints]
-    if not settings or not all(some.get("use_reentrant") is False for some in settings):
+    """Let backward end where nothing below learns, with either kind of checkpoint."""
+    held = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    runs = [getattr(module, "_gradient_checkpointing_func", None) for module in held]
+    settings = [getattr(run, "keywords", {}).get("use_reentrant") for run in runs]
+    if not runs or None in settings:
         return
+    for module, run, reentrant in zip(held, runs, settings, strict=True):
+        if reentrant and not isinstance(run, _FromHereOn):
+            module._gradient_checkpointing_func = _FromHereOn(run, module)
     for module in model.modules():
         # by name: the public way to remove them forgets all but the last of several
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
                 del module._forward_hooks[key]
+
+
+class _FromHereOn:
+    """Transformers' reentrant checkpoint of one layer, for inputs that require no gradient as well.
+
+    Such a checkpoint passes gradients to the layer's own weights only if one of its inputs requires one.
+    """
+
+    def __init__(self, run: Any, layer: nn.Module) -> None:
+        self.run, self.layer, self.keywords = run, layer, run.keywords
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if any(value.requires_grad for value in tensors) or not torch.is_grad_enabled():
+            return self.run(function, *args)
+        if not tensors or not _learns(self.layer):
+            return function(*args)
+        first = next(at for at, value in enumerate(args) if value is tensors[0])
+        asked = tensors[0].detach().requires_grad_()
+        return self.run(function, *args[:first], asked, *args[first + 1 :])
+
+
+def _learns(module: nn.Module) -> bool:
+    """Whether anything in a module takes part and is trained; adapters behind closed gates are not."""
+    closed = module in _closed
+    own = any(weight.requires_grad for weight in module.parameters(recurse=False))
+    parts = [child for name, child in module.named_children() if not closed or name == "base_layer"]
+    return (own and not closed) or any(_learns(child) for child in parts)
