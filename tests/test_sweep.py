@@ -244,6 +244,17 @@ def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_pa
     assert found.panels[-1].rows[0][-1] == 3
 
 
+def test_a_projection_that_the_model_has_not_is_told_with_the_first_adapter(
+    recipe_content: dict,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    measure = {"prune": [{"modules": "query"}]}
+    made = sweep.read(written(tmp_path, recipe_content, arms={"LoRA": {}}, measure=measure))
+    with pytest.raises(ValueError, match="projection 'query' is not known"):
+        sweep.run(made, tmp_path / "out", say=lambda line: None)
+    assert len(list((tmp_path / "out" / "journal").iterdir())) == 1  # the frozen model
+
+
 def test_an_axis_is_a_key_of_the_recipe(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
     made = sweep.read(
         written(tmp_path, recipe_content, axes={"train.steps": [3, 6], "adapter.target_modules": [["query"]]})
@@ -273,7 +284,11 @@ WRONG = {
     "an unknown method": ({"measure": {"merge": [{"weights": [1, 1], "method": "teis"}]}}, "'teis'"),
     "an argument that the method has not": (
         {"measure": {"merge": [{"weights": [1, 1], "method": "linear", "options": {"density": 0.2}}]}},
-        "merge 1:1, linear density 0.2: ",
+        "merge 1:1, linear density 0.2, arm LoRA (lora): method 'linear' takes no 'density'",
+    ),
+    "a kind that does not merge": (
+        {"arms": {"A": {}, "B": {"adapter.kind": "dora"}}},
+        "at 0, factors, arm B (dora): cannot merge DoRA adapters",
     ),
     "a seed twice": ({"seeds": [1, 1]}, "seeds has a value twice: [1, 1]"),
     "too few seeds": ({"seeds": [0], "tuned_on": [0]}, "measure needs 2 seeds"),

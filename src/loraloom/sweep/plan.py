@@ -247,22 +247,32 @@ def read(path: str | Path) -> Sweep:
             run_of(found, cell, found.seeds[0])
         except ValueError as error:
             raise ValueError(f"sweep {path}, arm {cell.arm}: {error}") from None
-    for operation in operations(found):
-        _try(operation, len(found.tasks), path)
+    kinds: dict[str, str] = {}  # with the first arm of each
+    for cell in cells(found):
+        kinds.setdefault(run_of(found, cell, found.seeds[0]).adapter.kind, cell.arm)
+    for (kind, arm), operation in product(kinds.items(), operations(found)):
+        try:
+            _try(operation, kind, len(found.tasks))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"sweep {path}: {operation.name}, arm {arm} ({kind}): {error}") from None
     return found
 
 
-def _try(operation: Operation, tasks: int, path: Path) -> None:
-    """Do a merge once on tiny adapters, so that a wrong method or argument is known before anything is trained."""
-    if operation.how not in ("merge", "tasks"):
-        return
-    factors = Factors(B=torch.eye(4)[:, :2], A=torch.eye(4)[:2])
-    count = len(operation.arguments["weights"]) if operation.how == "merge" else tasks
-    tiny = Adapter({"r": 2}, {"layers.0.q": factors})
-    try:
-        operation.applied([tiny] * count).loaded()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"sweep {path}: {operation.name}: {error}") from None
+def _try(operation: Operation, kind: str, tasks: int) -> None:
+    """Do an operation once on tiny adapters, so that what it refuses is known before anything is trained.
+
+    Raises:
+        ValueError, TypeError: the operation's own.
+    """
+    told = str(operation.arguments.get("keep") or "") + str(operation.arguments.get("modules") or "")
+    if kind in ("moka", "none") or "modules" in operation.arguments or any(one.isdigit() for one in told):
+        return  # what it names is the model's
+    magnitude = torch.ones(4) if kind == "dora" else None
+    factors = Factors(B=torch.eye(4)[:, :2], A=torch.eye(4)[:2], magnitude=magnitude)
+    config = {"r": 2, "peft_type": "HIRA" if kind == "hira" else "LORA", "use_dora": kind == "dora"}
+    tiny = Adapter(config, {f"layers.{layer}.q": factors for layer in range(6)})
+    count = {"interpolate": 2, "merge": len(operation.arguments.get("weights", ())), "tasks": tasks}
+    operation.applied([tiny] * count.get(operation.how, 1)).loaded()
 
 
 def cells(sweep: Sweep) -> Iterator[Cell]:

@@ -28,7 +28,7 @@ from loraloom.registry import edge
 from loraloom.report import replace_file
 from loraloom.run import bench_of, train_on
 from loraloom.store import load
-from loraloom.sweep.plan import Cell, Job, Sweep, phases, run_key
+from loraloom.sweep.plan import Cell, Job, Sweep, operations, phases, run_key
 
 _PAUSE = 0.5  # seconds between looks at the journal while others do the last jobs of a part
 Say = Callable[[str], None]
@@ -143,11 +143,15 @@ class Worker:
             return None, None, False
         if job.operation.how == "alone":
             try:
-                return *self._train(bench, job.sources[0]), False
+                adapter, seconds = self._train(bench, job.sources[0])
             except ValueError as error:
                 if "NaN or infinite" not in str(error):
                     raise
                 return None, None, True
+            for one in operations(self.sweep):  # names that only the model can tell, before hours go by
+                if one.how == "prune":
+                    one.applied([adapter])
+            return adapter, seconds, False
         places = [self._place(one) for one in job.sources]
         if not all(place.exists() for place in places):
             return None, None, True
