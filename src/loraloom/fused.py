@@ -117,10 +117,12 @@ class _Lora(torch.autograd.Function):
             plain = magnitude is None
             z = F.linear(flat, weight.to(wide), bias.to(wide) if plain and bias is not None else None)
             z = _plus(z, u, b.to(thin).T, scale)
-            norm = None if plain else row_norms(weight, a, b, scale, square)
+            norm, y = None, z
+            if not plain:
+                norm = row_norms(weight, a, b, scale, square)
+                y = _rescaled(z, magnitude / norm.to(magnitude.dtype), bias)
             norms.append(norm)
             bare.append(None if plain else z)
-            y = z if plain else _rescaled(z, magnitude / norm.to(magnitude.dtype), bias)
             outs.append(y.view(*x.shape[:-1], -1))
         ctx.scales, ctx.p, ctx.dtype = scales, p, dtype
         ctx.set_materialize_grads(False)

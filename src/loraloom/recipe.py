@@ -159,6 +159,7 @@ class TrainRecipe(_Strict):
     log_every: Annotated[int, Field(ge=1)] = 10
     bf16: bool = False
     gradient_checkpointing: bool = False
+    fast: bool = True
     report_to: str = "none"
     balance_every: Annotated[int, Field(ge=1)] | None = None
 

@@ -26,6 +26,18 @@ from loraloom import fused
 from loraloom.fused import Adapted
 
 _log = logging.getLogger(__name__)
+# Layers of one parent that see the same input; not where some of them see another stream.
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+_CROSS = ("cross", "encoder_attn", "encdec", "attn2")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,60 +65,72 @@ def fast(model: nn.Module, on: bool = True) -> Any:
         >>> type(fast(model).base_model.model[0]).__name__, type(fast(model, on=False).base_model.model[0]).__name__
         ('FastLora', 'Linear')
     """
-    tuned = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    tuned: dict[str, Any] = {path: part for path, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
     if not tuned:
         raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers; add an adapter first")
-    families: dict[str, _Siblings] = {}
-    for path, layer in tuned.items():
+    for layer in tuned.values():
         if on and type(layer) in _FAST:
             layer.__class__ = _FAST[type(layer)]
-            layer._siblings = families.setdefault(path.rpartition(".")[0], _Siblings())
+            layer._siblings = _Siblings([layer])
         elif not on and type(layer) in _FAST.values():
             layer.__class__ = type(layer).__bases__[0]
             for name in ("_siblings", "_square"):
                 vars(layer).pop(name, None)
-    left = Counter(type(layer).__module__ + "." + type(layer).__name__ for layer in tuned.values())
-    for name in [name for name in left if on and not name.startswith(__name__)]:
+    for group in _groups(tuned):
+        siblings = _Siblings(group)
+        for layer in group:
+            layer._siblings = siblings
+    left = Counter(f"{type(layer).__module__}.{type(layer).__name__}" for layer in tuned.values())
+    for name in [
+        name for name in left if on and not name.startswith("loraloom.")
+    ]:  # MokA's layers are quick as they are
         _say(f"{left[name]} layers of {name} have no fast path")
     return model
 
 
-class _Siblings:
-    """Layers of one parent; those that are called with the same input, one after another, are computed together.
+def _groups(tuned: dict[str, Any]) -> list[list[Any]]:
+    """Fast layers that by their names see one input."""
+    found = []
+    for path in tuned:
+        parent, _, name = path.rpartition(".")
+        for names in _TOGETHER:
+            if name == names[0] and not any(word in parent.lower() for word in _CROSS):
+                group = [tuned[f"{parent}.{other}"] for other in names if f"{parent}.{other}" in tuned]
+                found.append([layer for layer in group if type(layer) in _FAST.values()])
+    return [group for group in found if len(group) > 1]
 
-    Which they are is learned: a layer joins the one before it that was called with the very same tensor, and leaves
-    when that was in vain. What is computed ahead is held until its layer is called, or another takes the lead. Where
-    saved tensors pass through hooks, every layer is on its own: checkpoints that compute again want the same number of
-    them both times, whatever has been learned in between.
+
+class _Siblings:
+    """Layers that are computed together when the first of them is called; each takes its own when it is called.
+
+    Their names say so (``_TOGETHER``), and not what was seen: a run that is resumed computes as the unbroken one. Those
+    that turn out to see another input, or none, leave for good. What is computed ahead is held until its layer is
+    called.
     """
 
-    def __init__(self) -> None:
-        self.follows: dict[nn.Module, list[nn.Module]] = {}  # by the layer that is called first
-        self.lead: nn.Module | None = None
+    def __init__(self, members: list[nn.Module]) -> None:
+        self.members = members
         self.seen: tuple = (None, None)
         self.ahead: dict[nn.Module, Tensor] = {}
 
     def __reduce__(self) -> tuple:
-        return _Siblings, ()  # copies and pickles learn anew
+        return _Siblings, (self.members,)
 
     def taken(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """What was computed for the layer on this input, if it was; otherwise the layer leads, or learns to follow."""
+        """What was computed for the layer on this input; if nothing was, it is the first of them on this input."""
         state = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         same = self.seen[0] is not None and self.seen[0]() is x and self.seen[1] == state
         if same and layer in self.ahead:
             return self.ahead.pop(layer)
-        if same and layer is not self.lead:
-            self.follows[self.lead].append(layer)  # type: ignore[index]
-            return None
-        for one in self.ahead:  # computed for nothing
-            self.follows[self.lead].remove(one)  # type: ignore[index]
-        self.lead, self.seen, self.ahead = layer, (ref(x), state), {}
-        self.follows.setdefault(layer, [])
+        if self.ahead:
+            _say(f"{len(self.ahead)} of {len(self.members)} layers of like names, which do not see one input, apart")
+            self.members = [one for one in self.members if one not in self.ahead]
+        self.seen, self.ahead = (ref(x), state), {}
         return None
 
     def others(self, layer: nn.Module) -> list[nn.Module]:
-        """Those to compute with the layer."""
-        return self.follows[layer] if layer is self.lead else []
+        """Those to compute with the layer that is called first."""
+        return [one for one in self.members if one is not layer] if layer in self.members else []
 
 
 class FastLora(LoraLinear):
@@ -159,7 +183,7 @@ def _together(
     adapted, dropout, dtype = own
     if dropout is not None:
         return _with_dropout(layer, x, adapted, dropout, dtype)
-    if alone or torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if alone:
         (out,) = run(x, [adapted], dtype=dtype)
         return out
     siblings = layer._siblings

@@ -24,6 +24,7 @@ from loraloom.integrations.checkpoints import (
     last_complete,
     remove_torn,
 )
+from loraloom.integrations.fast import fast
 from loraloom.integrations.processes import join
 from loraloom.integrations.trainer import CoToCallback, RichProgress
 from loraloom.probes.balance import Balance
@@ -53,6 +54,7 @@ class FitOptions:
         log_every: steps between logs.
         bf16: autocast to bfloat16.
         gradient_checkpointing: compute activations again in backward.
+        fast: adapted layers take their fast paths (`loraloom.fast`).
         resume: go on from the newest whole checkpoint in ``output``, if there is one.
         progress: draw a progress bar on a terminal.
         report_to: reporters of Transformers: "none", "tensorboard", "wandb", ...
@@ -73,6 +75,7 @@ class FitOptions:
     log_every: int = 10
     bf16: bool = False
     gradient_checkpointing: bool = False
+    fast: bool = False
     resume: bool = False
     progress: bool = False
     report_to: str | Sequence[str] = "none"
@@ -145,6 +148,8 @@ def fit(
         OSError: the disk is full.
     """
     join()
+    if options.fast and isinstance(model, PeftModel):
+        fast(model)
     start = _starting_point(options)
     done = 0 if start is None else int(_state(start)["global_step"])
     if start is not None and done == options.steps:

@@ -242,7 +242,7 @@ def _start_that_changes_base(model: nn.Module) -> str:
 
 def _free_inputs(model: nn.Module) -> None:
     """Let backward end where nothing below learns, with either kind of checkpoint."""
-    held = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    held: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     runs = [getattr(module, "_gradient_checkpointing_func", None) for module in held]
     settings = [getattr(run, "keywords", {}).get("use_reentrant") for run in runs]
     if not runs or None in settings:
