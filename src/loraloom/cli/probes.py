@@ -5,14 +5,29 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from loraloom.cli.shell import AsJson, Many, One, OtherBases, Overwrite, Seed, command, floats, probe, result, table
+from loraloom.cli.shell import (
+    AsJson,
+    Many,
+    One,
+    Other,
+    OtherBases,
+    Overwrite,
+    Seed,
+    command,
+    floats,
+    probe,
+    result,
+    table,
+    written,
+)
 
 Task = Annotated[str, typer.Option("--task", help="What to score.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_default=False)]
@@ -63,10 +78,18 @@ def asks(name: str, *, scores: bool = True) -> Callable[[Callable[..., Any]], Ca
         options.sort(key=lambda one: one.default is not one.empty)  # what must be given comes first
 
         def run(**given: Any) -> None:
+            from loraloom.probing.asking import kept
+            from loraloom.report import ran
+
             ask = Ask(**{one.name: given.pop(one.name) for one in shared})
-            if ask.out.is_dir() or (ask.out.exists() and not ask.overwrite):
-                raise FileExistsError(f"{ask.out} exists; give another path or --overwrite")
-            _show(function(ask, **given), ask)
+            paths = [one for value in given.values() for one in (value if isinstance(value, list) else [value])]
+            folders = [path for path in paths if isinstance(path, Path)]
+            request = partial(_request, name, ask, given, folders)
+            with kept(ask.out, request, f"probe {name}", fresh=ask.overwrite) as held:
+                held.first(partial(_refuse_taken, ask))
+                report = function(ask, **given)
+                if held.rank == 0:
+                    _show(ran(report, written(), folders), ask)
 
         run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in options}
@@ -155,6 +178,47 @@ def shapley(
     return shapley_report(opened, ask.read_task, **options, **ask.scored)
 
 
+@asks("connectivity")
+def connectivity(
+    ask: Ask,
+    a: One,
+    b: Other,
+    via: Annotated[Path | None, typer.Option(help="A third adapter: the control point of bent paths.")] = None,
+    space: Annotated[str, typer.Option(help="delta, factors, or both with a comma.")] = "delta,factors",
+    align: Annotated[
+        str, typer.Option(help="In factors: none, orthogonal, invertible, or several with commas.")
+    ] = "none",
+    points: Annotated[int, typer.Option(min=2, help="On each path, ends included.")] = 11,
+) -> Any:
+    """Scores of the adapters on the paths between two, and how far they sink: straight paths and, with --via, bent."""
+    import loraloom as ll
+    from loraloom.probing import connectivity_report
+
+    paths = [a, b] if via is None else [a, b, via]
+    first, last, *control = [ll.load(path) for path in paths]
+    aligns = [None if one == "none" else one for one in align.split(",")]
+    options: dict[str, Any] = {"via": control[0] if control else None, "names": [path.name for path in paths]}
+    options |= {"space": space.split(","), "align": aligns, "points": points}
+    return connectivity_report(first, last, ask.read_task, **options, **ask.scored)
+
+
+@asks("plane")
+def plane(
+    ask: Ask,
+    a: One,
+    b: Other,
+    c: Annotated[Path, typer.Argument(metavar="C", help="A third adapter folder.", show_default=False)],
+    grid: Annotated[int, typer.Option(min=2, help="Positions on each axis.")] = 9,
+    margin: Annotated[float, typer.Option(min=0, help="Beyond the three, as a share of the longer axis.")] = 0.25,
+) -> Any:
+    """A map of the scores on the plane through three adapters, and the score of their mean."""
+    import loraloom as ll
+    from loraloom.probing import plane_report
+
+    names, opened = [path.name for path in (a, b, c)], [ll.load(path) for path in (a, b, c)]
+    return plane_report(opened, ask.read_task, names=names, grid=grid, margin=margin, **ask.scored)
+
+
 @asks("interference")
 def interference(
     ask: Ask,
@@ -193,6 +257,25 @@ def geometry(ask: Ask, adapters: Many, allow_different_bases: OtherBases = False
     return geometry_report(opened, names, same_base=not allow_different_bases)
 
 
+@asks("balance", scores=False)
+def balance(
+    ask: Ask,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Adapters, or JSON of a balance.", show_default=False)
+    ],
+) -> Any:
+    """How training shared its work out over layers and projections, of runs with train.balance_every. Needs no model.
+
+    Runs whose recipes differ in the seed alone are told as one, with bands from the lowest to the highest.
+    """
+    import loraloom as ll
+    from loraloom.cli.shell import read_json
+    from loraloom.probing import balance_report
+
+    opened = [read_json(path, "a balance") if path.is_file() else ll.load(path) for path in runs]
+    return balance_report(opened, [path.stem if path.is_file() else path.name for path in runs])
+
+
 def _numbers(given: list[str]) -> dict[str, int]:
     """Numbers by name, of ``image=1``."""
     found = {}
@@ -202,6 +285,22 @@ def _numbers(given: list[str]) -> dict[str, int]:
             raise ValueError(f"--modality {one!r}: expected a name and a number, such as image=1, once each")
         found[name] = int(number)
     return found
+
+
+def _refuse_taken(ask: Ask) -> None:
+    if ask.out.is_dir() or (ask.out.exists() and not ask.overwrite):
+        raise FileExistsError(f"{ask.out} exists; give another path or --overwrite")
+
+
+def _request(name: str, ask: Ask, given: dict[str, Any], folders: list[Path]) -> dict[str, Any]:
+    """All that tells one request from another, for the journal: what was typed, and what the adapters hold."""
+    import loraloom as ll
+    from loraloom.contents import of_adapter
+
+    typed = {**asdict(ask), **given}
+    told = {key: value for key, value in typed.items() if key not in ("out", "overwrite", "as_json")}
+    plain = json.loads(json.dumps(told, default=str))
+    return {"probe": name, **plain, "contents": [of_adapter(ll.load(folder)) for folder in folders]}
 
 
 def _show(report: Any, ask: Ask) -> None:

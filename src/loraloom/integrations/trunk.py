@@ -280,7 +280,7 @@ def _hidden(arguments: tuple, named: Mapping[str, Any]) -> Any:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
-    held = output.values() if isinstance(output, Mapping) else output
+    held = output if isinstance(output, tuple) else (output if isinstance(output, Mapping) else vars(output)).values()
     return [one for one in held if isinstance(one, Tensor)]
 
 

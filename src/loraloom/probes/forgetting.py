@@ -9,6 +9,7 @@ from typing import Any
 
 from loraloom.adapter import Adapter
 from loraloom.probes import probes
+from loraloom.probes.game import finite, many
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,17 @@ def forgetting(phases: Sequence[Adapter], scores: Mapping[str, Callable[[Adapter
     if not phases or len(phases) != len(scores):
         raise ValueError(f"{len(phases)} phases and {len(scores)} tasks; one task a phase is needed, at least one")
 
-    def asked(task: str, adapter: Adapter | None, when: str) -> float:
-        value = float(scores[task](adapter))
-        if not math.isfinite(value):
-            raise ValueError(f"the score of {task} {when} is {value}")
-        return value
-
-    before = tuple(asked(task, None, "before") for task in scores)
-    found = tuple(tuple(asked(t, adapter, f"after phase {i}") for t in scores) for i, adapter in enumerate(phases))
+    when = ["before", *(f"after phase {i}" for i in range(len(phases)))]
+    columns = []  # of each task, a score before and after each phase
+    for task, score in scores.items():
+        values = many(score, [None, *phases])
+        columns.append([finite(value, f"of {task} {at}") for at, value in zip(when, values, strict=True)])
+    before, *found = zip(*columns, strict=True)
     last, rest = len(phases) - 1, len(phases) - 1
     return Forgetting(
         tuple(scores),
         before,
-        found,
+        tuple(found),
         math.fsum(found[last]) / len(phases),
         math.fsum(found[last][j] - found[j][j] for j in range(last)) / rest if rest else None,
         math.fsum(found[j - 1][j] - before[j] for j in range(1, len(phases))) / rest if rest else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from loraloom.adapter import Adapter
 from loraloom.modalities import as_moka, own_plan, restricted
 from loraloom.probes import probes
+from loraloom.probes.game import finite, many
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,10 @@ def partial_modality(
     moka = told_apart(adapter, modalities)
     groups = own_plan(moka).groups
 
-    def asked(variant: Adapter | None, what: str) -> float:
-        value = float(score(variant))
-        if not math.isfinite(value):
-            raise ValueError(f"the score {what} is {value}")
-        return value
-
-    alone = [asked(restricted(moka, group.split("+")), f"for {group} tokens alone") for group in groups]
-    return PartialModality(groups, tuple(alone), asked(moka, "of the adapter"), asked(None, "of the base"))
+    variants = [*(restricted(moka, group.split("+")) for group in groups), moka, None]
+    what = [*(f"for {group} tokens alone" for group in groups), "of the adapter", "of the base"]
+    *alone, whole, base = [finite(x, where) for x, where in zip(many(score, variants), what, strict=True)]
+    return PartialModality(groups, tuple(alone), whole, base)
 
 
 def told_apart(adapter: Adapter, modalities: Mapping[str, int] | None = None) -> Adapter:

@@ -1,0 +1,78 @@
+"""Probes under ``accelerate launch``: evaluations are split, the numbers stay, one process writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loraloom.cli import app
+from loraloom.integrations.scoring import Bench
+
+WORDS = ["probe", "shapley", "a", "--task", "digits", "--limit", "24"]
+
+
+def together(folder: Path, *words: str, size: int = 2) -> list[dict]:
+    """What each of several processes that know of each other printed and did; forked, as imports are slow."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            try:
+                (folder / f"rank{rank}.json").write_text(json.dumps(_alone(rank, size, port, words)))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
+
+
+def _alone(rank: int, size: int, port: int, words: tuple[str, ...]) -> dict:
+    from accelerate import PartialState
+
+    PartialState._reset_state()
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    count, plain = [0], Bench.outcome
+
+    def outcome(self: Bench, *arguments: object) -> object:
+        count[0] += 1
+        return plain(self, *arguments)
+
+    Bench.outcome = outcome
+    environment = {"COLUMNS": "160", "NO_COLOR": "1", **{key: str(value) for key, value in told.items()}}
+    done = CliRunner(env=environment).invoke(app, list(words), prog_name="loraloom")
+    return {"code": done.exit_code, "out": done.stdout, "err": done.stderr, "evaluations": count[0]}
+
+
+def test_two_processes_give_what_one_gives_and_score_each_a_half(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    done = CliRunner().invoke(app, [*WORDS, "-o", str(tmp_path / "one.json"), "--json"])
+    assert done.exit_code == 0, done.output
+    first, second = together(tmp_path, *WORDS, "-o", str(tmp_path / "two.json"), "--json")
+    assert (first["code"], second["code"], second["out"]) == (0, 0, ""), (first, second)
+    assert first["out"] == done.stdout
+    assert (first["evaluations"], second["evaluations"]) == (8, 8)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert {key: one[key] for key in ("summary", "panels", "records")} == {
+        key: two[key] for key in ("summary", "panels", "records")
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "rank0.json", "rank1.json", "two.json"]
+
+
+@pytest.mark.parametrize("words", [("--limit", "24", "-o", "a"), ("--unit", "layers", "-o", "x.json")])
+def test_a_wrong_request_is_told_once(world, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(world)
+    told = together(tmp_path, *WORDS, *words)
+    assert [one["code"] for one in told] == [2, 2], told
+    assert sorted(one["err"].count("\n") for one in told) == [0, 1], told

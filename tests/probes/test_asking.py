@@ -1,0 +1,208 @@
+"""Long probes: what was scored is kept, a killed probe goes on from there, and nothing of another request is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import loraloom as ll
+from loraloom.adapter import Adapter, Factors
+from loraloom.integrations.scoring import Bench, Evaluation, bench
+from loraloom.probing import shapley_report
+from loraloom.probing.asking import asked, kept
+from loraloom.probing.journal import Journal
+from loraloom.tasks import Example, Task
+
+REQUEST = {"probe": "shapley", "samples": 200}
+
+
+class Block(nn.Module):
+    """A residual layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
+class Tower(nn.Module):
+    """Four blocks on the features of an image; enough of a vision model for a bench."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        x = pixel_values[:, 0, :8, :8]
+        for block in self.layers:
+            x = block(x)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+@pytest.fixture(scope="module")
+def made() -> Bench:
+    torch.manual_seed(0)
+    draw = np.random.default_rng(0)
+    rows = [Example(draw.integers(0, 256, (8, 8, 3), np.uint8), ("a", "b"), at % 2) for at in range(30)]
+    task = Task("noise", "image", ("a", "b"), "", MappingProxyType({"train": rows, "test": rows}), "here", "none")
+    stats = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    return bench(Tower().eval(), task, family="vision", processor=stats, image_size=8)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    draw = torch.Generator().manual_seed(1)
+    pairs = {
+        f"layers.{at}.fc": Factors(torch.randn(8, 2, generator=draw), torch.randn(2, 8, generator=draw))
+        for at in range(4)
+    }
+    return Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["fc"]}, pairs)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> list[int]:
+    """How many evaluations are made; the one after the most is interrupted in its middle."""
+    count = [0]
+
+    def counting(plain: Callable) -> Callable:
+        def evaluate(self: Bench, *arguments: Any, **named: Any) -> Evaluation:
+            if count[0] == most:
+                raise KeyboardInterrupt
+            count[0] += 1
+            return plain(self, *arguments, **named)
+
+        return evaluate
+
+    monkeypatch.setattr(Bench, "outcome", counting(Bench.outcome))
+    return count
+
+
+def report(made: Bench, adapter: Adapter, out: Path, request: dict = REQUEST, **options: Any) -> dict:
+    with kept(out, lambda: request, "probe shapley", **options):
+        found = shapley_report({"a": adapter}, made).to_json()
+        out.write_text(json.dumps(found))
+    return found
+
+
+def test_an_interrupted_probe_goes_on_from_there_and_gives_the_same(made, adapter, tmp_path, monkeypatch, capsys):
+    plain = shapley_report({"a": adapter}, made).to_json()
+    assert plain["records"][0]["passes"] == 2 + 4 + 8 + 16 and plain["records"][0]["passes_saved"] == 64 - 30
+    assert plain["records"][0] == json.loads(json.dumps(ll.shapley(adapter, asked(adapter, made)).to_json()))
+    out = tmp_path / "new" / "s.json"
+    with monkeypatch.context() as stopped:
+        counted(stopped, most=5)
+        with pytest.raises(KeyboardInterrupt):
+            report(made, adapter, out)
+    assert "the same command goes on from there" in capsys.readouterr().err
+    part = out.with_name("s.json.part")
+    assert part.is_file() and not out.exists() and len(part.read_text().splitlines()) == 1 + 2 + 5
+    part.write_bytes(part.read_bytes() + b'{"of": "cut o')
+    count = counted(monkeypatch)
+    assert report(made, adapter, out) == plain
+    assert count == [11] and out.exists() and not part.exists()
+    assert "5 of 16 scores are known from an earlier run" in capsys.readouterr().err
+
+
+def test_a_killed_probe_loses_at_most_the_evaluation_that_it_was_in(made, adapter, tmp_path, monkeypatch):
+    made.ready()
+    out = tmp_path / "s.json"
+    part = out.with_name("s.json.part")
+    child = os.fork()
+    if child == 0:  # the seventh evaluation never ends
+        try:
+            count = counted(monkeypatch)
+            plain = Bench.outcome
+            Bench.outcome = lambda self, *a: plain(self, *a) if count[0] < 6 else time.sleep(60)
+            report(made, adapter, out)
+        finally:
+            os._exit(1)
+    while os.waitpid(child, os.WNOHANG) == (0, 0) and not (part.is_file() and part.read_text().count('"score"') == 6):
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    count = counted(monkeypatch)
+    assert report(made, adapter, out) == shapley_report({"a": adapter}, made).to_json()
+    assert count == [10 + 16]
+
+
+def test_a_journal_of_another_request_model_or_task_is_refused(made, adapter, tmp_path, monkeypatch):
+    out = tmp_path / "s.json"
+    with monkeypatch.context() as stopped:
+        counted(stopped, most=3)
+        with pytest.raises(KeyboardInterrupt):
+            report(made, adapter, out)
+    with pytest.raises(ValueError, match=r"s.json.part is of another request \(samples: 200, now 8\); remove it, or"):
+        report(made, adapter, out, {**REQUEST, "samples": 8})
+    weight = made.model.layers[0].fc.weight
+    with torch.no_grad():
+        weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"holds scores of another model"):
+        report(made, adapter, out)
+    with torch.no_grad():
+        weight.div_(1.01)
+    report(made, adapter, out, {**REQUEST, "samples": 8}, fresh=True)
+    assert out.exists() and not out.with_name("s.json.part").exists()
+
+
+def test_scores_are_remembered_over_several_questions(made, adapter, tmp_path, monkeypatch):
+    count = counted(monkeypatch)
+    score = asked(adapter, made)
+    with kept(tmp_path / "x.json", dict):
+        first = score.many([adapter, None, adapter])
+        assert first[0] == first[2] and count == [2] and score(None) == first[1] and count == [2]
+        assert score.work == (8, 8, 0)
+        again = asked(adapter, made)
+        assert again(adapter) == first[0] and count == [2]
+
+
+def test_the_journal_refuses_what_it_cannot_trust(tmp_path):
+    path = tmp_path / "s.json.part"
+    one = Journal(path, REQUEST)
+    one.add("a", 0.1 + 0.2)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        Journal(path, REQUEST)
+    one.close()
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):  # whenever the machine stops
+        path.write_bytes(whole[:cut])
+        held = Journal(path, REQUEST)
+        held.close()
+        assert held.known == ({"a": 0.1 + 0.2} if cut == len(whole) else {})
+        assert path.read_bytes().startswith(whole[: whole.index(b"\n") + 1])
+    path.write_bytes(whole + b"garbage\n")
+    with pytest.raises(ValueError, match=r"s.json.part is damaged; remove it"):
+        Journal(path, REQUEST)
+    Journal(path, REQUEST, fresh=True).remove()
+    assert not path.exists()
+
+
+def test_a_terminal_shows_how_far_it_is(made, adapter, tmp_path, monkeypatch):
+    import sys
+
+    from loraloom.probing.progress import Progress
+
+    shown = Progress("probe x")
+    shown.expect(3, 0)
+    shown.advance()
+    assert shown._bar is None  # no terminal here
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown.expect(3, 1)
+    shown.advance()
+    task = shown._bar.tasks[0]
+    assert (task.description, task.completed, task.total) == ("probe x", 1, 2)
+    shown.close()
+    silent = Progress("probe x", shown=False)
+    silent.expect(3, 1)
+    assert silent._bar is None
