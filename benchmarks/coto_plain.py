@@ -1,6 +1,6 @@
 """Our CoTo beside the plainest one: a callback that draws each layer's adapter by itself, as the authors' README tells.
 
-    python benchmarks/coto_plain.py recipes/small/sweep-first.yaml runs/regime-first --rate 2e-3
+    python benchmarks/coto_plain.py recipes/small/sweep-first.yaml runs/regime-first --rate 3e-3
 
 Trains the seeds of a finished sweep's arm once more with the plain callback: from 0.1 to 1 over 75 % of the steps,
 draws from torch's global generator, all modules of a layer on or off together, at least one layer on. A switched-off
