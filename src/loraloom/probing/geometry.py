@@ -25,6 +25,7 @@ def geometry_report_of(found: Geometry, kind: str, names: Sequence[str]) -> Repo
     """The result as a page: cosines, principal axes, distances.
 
     Example:
+        >>> import torch
         >>> from loraloom.adapter import Factors
         >>> one = Factors(B=torch.ones(2, 1), A=torch.ones(1, 2))
         >>> found = geometry([Adapter({}, {"q": one.scaled(x)}) for x in (1.0, 2.0)])

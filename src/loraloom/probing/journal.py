@@ -36,7 +36,9 @@ class Journal:
         ...     one = Journal(Path(folder) / "out.json.part", {"probe": "shapley"})
         ...     one.add("base", 0.5)
         ...     one.close()
-        ...     Journal(one.path, {"probe": "shapley"}).known
+        ...     again = Journal(one.path, {"probe": "shapley"})
+        ...     again.remove()
+        >>> again.known
         {'base': 0.5}
     """
 
