@@ -12,8 +12,7 @@ gradient of the product, 8 r in out, and two passes each way over the weight, bl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,7 @@ BLOCK = {"cpu": 2**20}  # entries of a weight that are worked on at a time
 _BLOCK_ELSEWHERE = 2**24
 
 
-@dataclass(frozen=True)
-class Adapted:
+class Adapted(NamedTuple):
     """One linear layer with its adapter.
 
     Attributes:
@@ -107,31 +105,29 @@ class _Lora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scales: list[float], p: float, dtype: torch.dtype | None, *tensors: Any) -> tuple:
         parts = list(_each(tensors, 6))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
-        flat = x.reshape(-1, x.shape[-1]).to(wide)
+        flat = _as(_rows(x), wide)
         kept = F.dropout(torch.ones_like(flat, dtype=thin), p) != 0 if p else None
-        seen = _dropped(flat.to(thin), kept, p)
-        ranks = [part[2].shape[0] for part in parts]
-        down = (seen @ _stacked([part[2] for part in parts], thin).T).split(ranks, dim=1)
+        seen = _dropped(_as(flat, thin), kept, p)
+        lows = [part[2] for part in parts]
+        down = _apart(seen @ _stacked(lows, thin).T, lows, dim=1)
         outs, norms, bare = [], [], []
         for (weight, bias, a, b, magnitude, square), scale, u in zip(parts, scales, down, strict=True):
             plain = magnitude is None
-            z = F.linear(flat, weight.to(wide), bias.to(wide) if plain and bias is not None else None)
-            z = _plus(z, u, b.to(thin).T, scale)
+            z = F.linear(flat, _as(weight, wide), _as(bias, wide) if plain and bias is not None else None)
+            z = _plus(z, u, _as(b, thin).T, scale)
             norm, y = None, z
             if not plain:
                 norm = row_norms(weight, a, b, scale, square)
-                y = _rescaled(z, magnitude / norm.to(magnitude.dtype), bias)
+                y = _rescaled(z, magnitude / _as(norm, magnitude.dtype), bias)
             norms.append(norm)
             bare.append(None if plain else z)
-            outs.append(y.view(*x.shape[:-1], -1))
+            outs.append(y.view(*x.shape[:-1], len(weight)))
         ctx.scales, ctx.p, ctx.dtype = scales, p, dtype
         ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad
-        a_learns = any(needs[4 + 6 * i + 2] for i in range(len(parts)))
-        b_learns = [needs[4 + 6 * i + 3] for i in range(len(parts))]
-        held = [(weight, a, b, magnitude) for weight, _, a, b, magnitude, _ in parts]
-        us = [u if learns else None for u, learns in zip(down, b_learns, strict=True)]
-        ctx.save_for_backward(x if a_learns else None, kept, *(t for one in held for t in one), *us, *norms, *bare)
+        needs = list(_each(ctx.needs_input_grad[4:], 6))
+        held = [part for weight, _, a, b, magnitude, _ in parts for part in (weight, a, b, magnitude)]
+        us = [u if learns[3] else None for u, learns in zip(down, needs, strict=True)]
+        ctx.save_for_backward(x if any(learns[2] for learns in needs) else None, kept, *held, *us, *norms, *bare)
         return tuple(outs)
 
     @staticmethod
@@ -142,37 +138,39 @@ class _Lora(torch.autograd.Function):
         parts = list(_each(saved[: 4 * k], 4))
         down, norms, bare = saved[4 * k : 5 * k], saved[5 * k : 6 * k], saved[6 * k :]
         wants, needs = ctx.needs_input_grad[0], list(_each(ctx.needs_input_grad[4:], 6))
-        thin = ctx.dtype or parts[0][1].dtype
-        through, inner = None, []
         found: list[list] = [[None] * 6 for _ in parts]
         there = [i for i, g in enumerate(grads) if g is not None]  # a layer that nobody used has no gradient, not zero
+        if not there:
+            return (None,) * (4 + 6 * k)
+        thin = ctx.dtype or parts[0][1].dtype
+        through, inner = None, []
         for i in there:
             weight, _, b, magnitude = parts[i]
-            g = grads[i].reshape(-1, grads[i].shape[-1])
+            g = _rows(grads[i])
             if magnitude is not None:
                 if needs[i][4]:
-                    found[i][4] = (_sum_of_products(g, bare[i]) / norms[i]).to(magnitude.dtype)
-                g = (g * (magnitude / norms[i].to(magnitude.dtype))).to(g.dtype)
-            wide = weight.to(ctx.dtype or g.dtype)
+                    found[i][4] = _as(_sum_of_products(g, bare[i]) / norms[i], magnitude.dtype)
+                g = _as(g * (magnitude / _as(norms[i], magnitude.dtype)), g.dtype)
             if wants:
+                wide = _as(weight, ctx.dtype or g.dtype)
                 through = torch.mm(g, wide) if through is None else through.addmm_(g, wide)
-            g = g.to(thin)
+            g = _as(g, thin)
             if needs[i][3]:
-                found[i][3] = torch.mm(g.T, down[i]).mul_(ctx.scales[i]).to(b.dtype)
-            inner.append(torch.mm(g, b.to(thin)).mul_(ctx.scales[i]))
+                found[i][3] = _as(torch.mm(g.T, down[i]).mul_(ctx.scales[i]), b.dtype)
+            inner.append(torch.mm(g, _as(b, thin)).mul_(ctx.scales[i]))
         lows = [parts[i][1] for i in there]
         up = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
         if x is not None:
-            seen = _dropped(x.reshape(-1, x.shape[-1]).to(ctx.dtype or x.dtype).to(thin), kept, ctx.p)
-            for i, part in zip(there, torch.mm(up.T, seen).split([len(a) for a in lows]), strict=True):
-                found[i][2] = part.to(parts[i][1].dtype) if needs[i][2] else None
+            seen = _dropped(_as(_as(_rows(x), ctx.dtype or x.dtype), thin), kept, ctx.p)
+            for i, part in zip(there, _apart(torch.mm(up.T, seen), lows, dim=0), strict=True):
+                found[i][2] = _as(part, parts[i][1].dtype) if needs[i][2] else None
         if through is not None:
             stacked = _stacked(lows, thin)
             if kept is None:
                 through = _plus(through, up, stacked, 1.0)
             else:
                 through += _dropped(torch.mm(up, stacked), kept, ctx.p)
-            through = through.view(*grads[there[0]].shape[:-1], -1)
+            through = through.view(*grads[there[0]].shape[:-1], through.shape[1])
         return through, None, None, None, *(grad for one in found for grad in one)
 
 
@@ -184,7 +182,7 @@ class _Hira(torch.autograd.Function):
         parts = list(_each(tensors, 4))
         ctx.whole, ctx.dtype = whole, dtype
         ctx.set_materialize_grads(False)
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _rows(x)
         outs = []
         for weight, bias, a, b in parts:
             kind = dtype or torch.promote_types(weight.dtype, a.dtype)
@@ -195,7 +193,7 @@ class _Hira(torch.autograd.Function):
                 torch.addmm(y[:, rows], seen, product, beta=int(whole and not one), out=y[:, rows])
             if whole and bias is not None:
                 y += bias
-            outs.append(y.to(dtype or x.dtype).view(*x.shape[:-1], -1))
+            outs.append(y.to(dtype or x.dtype).view(*x.shape[:-1], len(weight)))
         learns = any(ctx.needs_input_grad[3 + 4 * i + j] for i in range(len(parts)) for j in (2, 3))
         ctx.save_for_backward(x if learns else None, *(t for weight, _, a, b in parts for t in (weight, a, b)))
         return tuple(outs)
@@ -212,8 +210,8 @@ class _Hira(torch.autograd.Function):
                 continue
             shape = grads[i].shape[:-1]
             kind = ctx.dtype or torch.promote_types(weight.dtype, a.dtype)
-            g = grads[i].reshape(-1, grads[i].shape[-1]).to(kind)
-            seen = None if x is None else x.reshape(-1, x.shape[-1]).to(kind)
+            g = _rows(grads[i]).to(kind)
+            seen = None if x is None else _rows(x).to(kind)
             low, high, one = a.to(kind), b.to(kind), ctx.whole and _holds_one(kind)
             grad_a, grad_b = torch.zeros_like(low), torch.empty_like(high)
             if wants and through is None:
@@ -231,7 +229,7 @@ class _Hira(torch.autograd.Function):
                 found[i][2] = grad_a.to(a.dtype) if needs[i][2] else None
                 found[i][3] = grad_b.to(b.dtype) if needs[i][3] else None
         if through is not None:
-            through = through.view(*shape, -1)
+            through = through.view(*shape, through.shape[1])
         return through, None, None, *(grad for one in found for grad in one)
 
 
@@ -254,8 +252,22 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, square: Tensor
         return (square + across.mul_(high).sum(1)).clamp_min_(0).sqrt_()
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _as(x: Tensor, kind: torch.dtype) -> Tensor:
+    """``x.to(kind)``, at once where there is nothing to do: layers are many."""
+    return x if x.dtype is kind else x.to(kind)
+
+
 def _stacked(matrices: Sequence[Tensor], kind: torch.dtype) -> Tensor:
-    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(kind)
+    return _as(matrices[0] if len(matrices) == 1 else torch.cat(list(matrices)), kind)
+
+
+def _apart(x: Tensor, lows: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """What belongs to each A."""
+    return (x,) if len(lows) == 1 else x.split([len(a) for a in lows], dim)
 
 
 def _plus(base: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -38,7 +38,7 @@ _TOGETHER = (
     ("wi_0", "wi_1"),
 )
 _CROSS = ("cross", "encoder_attn", "encdec", "attn2")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def fast(model: nn.Module, on: bool = True) -> Any:
@@ -223,23 +223,26 @@ def _with_dropout(layer: Any, x: Tensor, one: Adapted, dropout: nn.Dropout, dtyp
 
 def _lora(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
     """What the kernel needs of a LoRA layer, its dropout if it has any, and autocast's type; or why it does not fit."""
-    name = _only(layer, layer.lora_A)
+    parts = layer._modules  # nn.Module's own lookup is slow, and layers are many
+    name = _only(layer, parts["lora_A"])
     if name is None:
         return "several adapters at once, or none"
     variant = layer.lora_variant.get(name)
     if variant is not None and not isinstance(variant, DoraLinearVariant) and variant is not DoraLinearVariant:
         return f"LoRA with {getattr(variant, '__name__', type(variant).__name__)}"
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    a, b, dropout = (parts[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
     if b.bias is not None or _hooked(a, b, dropout):
         return "a LoRA layer with a bias or hooks on its parts"
-    weights = _frozen(layer, x, a.weight, b.weight)
+    low, high = a.weight, b.weight
+    weights = _frozen(layer, x, low, high)
     if isinstance(weights, str):
         return weights
-    magnitude = square = None
-    if variant is not None:
-        magnitude, square = layer.lora_magnitude_vector[name].weight, _square(layer, weights[0])
-    one = Adapted(weights[0], weights[1], a.weight, b.weight, layer.scaling[name], magnitude, square)
-    return one, _dropping(dropout), weights[2]
+    weight, bias, dtype = weights
+    scale, dropping = layer.scaling[name], _dropping(dropout)
+    if variant is None:
+        return Adapted(weight, bias, low, high, scale), dropping, dtype
+    magnitude = parts["lora_magnitude_vector"]._modules[name].weight
+    return Adapted(weight, bias, low, high, scale, magnitude, _square(layer, weight)), dropping, dtype
 
 
 def _hira(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
@@ -265,28 +268,29 @@ def _dropping(dropout: nn.Module) -> nn.Dropout | None:
 
 def _frozen(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype | None] | str:
     """Weight (out, in) and bias of a frozen dense base layer, and the type in which autocast computes."""
-    base = layer.base_layer
-    if type(base) not in (nn.Linear, Conv1D):
+    base = layer._modules["base_layer"]
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"a base layer of {type(base).__name__}"
-    weight, bias = base.weight, base.bias
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return "a base layer with a quantised, sharded or trained weight or bias"
     if _hooked(base) or "forward" in vars(base) or getattr(layer, "_is_replica", False):
         return "a base layer that something hooks into"
-    kinds = {x.dtype, weight.dtype, a.dtype, b.dtype}
-    dtype = None
+    kind, dtype = x.dtype, None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    if dtype is None:
-        if x.dtype != weight.dtype or a.dtype != b.dtype or not getattr(layer, "cast_input_dtype_enabled", True):
-            return "input, base weight or factors of different types"
-    elif not kinds <= {torch.float32, torch.bfloat16, torch.float16}:
-        return "autocast of other types than float32 and 16 bits"
+        if not {kind, weight.dtype, a.dtype, b.dtype} <= _AUTOCAST:
+            return "autocast of other types than float32 and 16 bits"
+    elif kind is not weight.dtype or a.dtype is not b.dtype or not getattr(layer, "cast_input_dtype_enabled", True):
+        return "input, base weight or factors of different types"
     return weight if type(base) is nn.Linear else weight.T, bias, dtype
 
 
-def _hooked(*modules: Any) -> bool:
-    return any(getattr(module, hooks, None) for module in modules for hooks in _HOOKS)
+def _hooked(*modules: nn.Module) -> bool:
+    return any(
+        held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]
+        for held in map(vars, modules)
+    )
 
 
 def _square(layer: Any, weight: Tensor) -> Tensor | None:
