@@ -120,7 +120,7 @@ def test_wrong_pairs_and_spaces_are_refused_before_anything_is_scored():
 
 
 def test_a_score_that_is_not_finite_is_named():
-    scores = iter([1.0, float("nan")])
+    scores = iter([1.0, float("nan"), 1.0])
     with pytest.raises(ValueError, match=r"the score at t = 0\.5 is nan"):
         connectivity(adapter(0), adapter(1), lambda _: next(scores), points=3)
 
@@ -189,6 +189,20 @@ def test_the_bent_path_is_the_parabola_of_the_control_point():
         ]
     ).norm()
     assert factors.centre == pytest.approx(float(mean))
+
+
+def test_a_score_that_takes_many_is_asked_for_all_points_at_once():
+    class Score:
+        asked = ()
+
+        def many(self, adapters):
+            self.asked = (*self.asked, len(adapters))
+            return [size(one) for one in adapters]
+
+    a, b, via = adapter(0), adapter(1), adapter(2)
+    score = Score()
+    assert connectivity(a, b, score, points=4, via=via) == connectivity(a, b, size, points=4, via=via)
+    assert score.asked == (6, 1)
 
 
 def test_what_makes_no_path_is_refused_before_anything_is_scored():

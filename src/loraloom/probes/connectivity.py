@@ -12,9 +12,7 @@ from loraloom.ops.align import align as aligned
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.merge import merge
 from loraloom.probes import probes
-from loraloom.probes.game import finite
-
-Score = Callable[[Adapter], float]
+from loraloom.probes.game import finite, many
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Connectivity:
 def connectivity(
     a: Adapter,
     b: Adapter,
-    score: Score,
+    score: Callable[[Adapter | None], float],
     points: int = 11,
     space: str | Sequence[str] = "delta",
     *,
@@ -136,16 +134,20 @@ def connectivity(
     routes = [(line, bent) for line in lines for bent in ((False,) if via is None else (False, True))]
     for line, bent in routes:
         line.point(0.5, bent)  # what does not go together is refused before anything is scored
-    start = finite(score(a), "at t = 0")
-    first = _inside(score, *routes[0], at)
-    end = finite(score(b), "at t = 1")
-    inside = [first, *(_inside(score, line, bent, at) for line, bent in routes[1:])]
-    centres = {} if via is None else {line: finite(score(line.centre()), "of the 1:1:1 mean") for line in lines}
-    found = tuple(
-        _told(line, bent, at, (start, *scores, end), centres.get(line))
-        for (line, bent), scores in zip(routes, inside, strict=True)
-    )
-    return Connectivity(at, found, 2 + len(routes) * (points - 2) + len(centres))
+    asked: dict[tuple[float, Any], Adapter] = {(0.0, None): a}
+    for route in routes:
+        asked |= {(t, route): route[0].point(t, route[1]) for t in at[1:-1]}
+        asked.setdefault((1.0, None), b)
+    scored = dict(zip(asked, many(score, list(asked.values())), strict=True))
+    known = {(t, route): finite(value, f"at t = {t:.4g}") for (t, route), value in scored.items()}
+    middles = [] if via is None else many(score, [line.centre() for line in lines])
+    centres = {line: finite(value, "of the 1:1:1 mean") for line, value in zip(lines, middles, strict=False)}
+    found = []
+    for line, bent in routes:
+        inside = [known[t, (line, bent)] for t in at[1:-1]]
+        scores = (known[0.0, None], *inside, known[1.0, None])
+        found.append(_told(line, bent, at, scores, centres.get(line)))
+    return Connectivity(at, tuple(found), len(asked) + len(middles))
 
 
 def _asked(space: str | Sequence[str], align: str | Sequence[str | None] | None) -> list[tuple[str, str | None]]:
@@ -185,10 +187,6 @@ class _Line:
     def centre(self) -> Adapter:
         b, via = self.others
         return merge([self.a, b, *([] if via is None else [via])], space=self.space)
-
-
-def _inside(score: Score, line: _Line, bent: bool, at: Sequence[float]) -> list[float]:
-    return [finite(score(line.point(t, bent)), f"at t = {t:.4g}") for t in at[1:-1]]
 
 
 def _told(line: _Line, bent: bool, at: Sequence[float], scores: tuple[float, ...], centre: float | None) -> Path:

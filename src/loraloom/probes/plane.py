@@ -10,7 +10,7 @@ from typing import Any
 from loraloom.adapter import Adapter
 from loraloom.ops.merge import merge
 from loraloom.probes import probes
-from loraloom.probes.game import finite
+from loraloom.probes.game import finite, many
 from loraloom.probes.geometry import geometry
 
 _FLAT = 1e-6  # of the longest side and the largest update: three adapters this near to one line have no plane
@@ -44,7 +44,7 @@ class Plane:
 
 @probes.register("plane", paper="https://arxiv.org/abs/1802.10026")
 def plane(
-    a: Adapter, b: Adapter, c: Adapter, score: Callable[[Adapter], float], grid: int = 9, margin: float = 0.25
+    a: Adapter, b: Adapter, c: Adapter, score: Callable[[Adapter | None], float], grid: int = 9, margin: float = 0.25
 ) -> Plane:
     """Score over the plane through three updates (Garipov et al. 2018, section 3 and figure 1, there of weights).
 
@@ -83,16 +83,17 @@ def plane(
     xs = _axis(min(0.0, along) - pad, max(length, along) + pad, grid)
     ys = _axis(-pad, height + pad, grid)
 
-    def value(x: float, y: float) -> float:
+    def at(x: float, y: float) -> Adapter:
         far = y / height
         right = (x - along * far) / length
-        return finite(score(merge(three, weights=[1 - right - far, right, far])), f"at ({x:.4g}, {y:.4g})")
+        return merge(three, weights=[1 - right - far, right, far])
 
-    middle = merge(three)  # what does not add is refused before anything is scored
-    ends = tuple(finite(score(one), f"of {name}") for one, name in zip(three, "abc", strict=True))
-    centre = finite(score(middle), "of the mean")
-    scores = tuple(tuple(value(x, y) for x in xs) for y in ys)
-    return Plane(xs, ys, scores, places, ends, centre, grid * grid + 4)
+    asked = {f"of {name}": one for name, one in zip("abc", three, strict=True)} | {"of the mean": merge(three)}
+    asked |= {f"in row {j + 1}, column {i + 1}": at(x, y) for j, y in enumerate(ys) for i, x in enumerate(xs)}
+    values = zip(asked, many(score, list(asked.values())), strict=True)
+    first, second, third, centre, *rest = (finite(value, where) for where, value in values)
+    scores = tuple(tuple(rest[row * grid : (row + 1) * grid]) for row in range(grid))
+    return Plane(xs, ys, scores, places, (first, second, third), centre, len(asked))
 
 
 def _places(three: list[Adapter]) -> tuple[tuple[float, float], ...]:
