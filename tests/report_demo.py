@@ -128,6 +128,40 @@ def demo_report():
     )
 
 
+def hard_report():
+    """What is hard to lay out: long names, many layers, many series, values on both sides of 0."""
+    paths = [f"model.language_model.decoder.layers.{at}" for at in range(32)]
+    roles = [f"self_attention.{name}_projection_of_the_rank_space" for name in "qkvo"] + [
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    ]
+    runs = [f"adapter-of-a-long-name-on-task-{at}-with-method-{'lora' if at % 2 else 'coto'}" for at in range(9)]
+    units = tuple(f"{path}.self_attn.q_proj" for path in paths)
+    worth = tuple(0.04 * math.sin(at) + 0.01 for at in range(len(units)))
+    wave = tuple(tuple(math.sin(0.3 * i + j) for j in range(len(roles))) for i in range(len(paths)))
+    alike = tuple(tuple(math.cos(0.4 * (i - j)) for j in range(9)) for i in range(9))
+    return Report(
+        "What is hard to lay out",
+        "Long names, many layers, many series.",
+        (
+            Heatmap("Shapley values by module", "projection", "layer", roles, paths, wave, z_label="share of the gain"),
+            Heatmap("Cosine of the updates", "adapter", "adapter", runs, runs, alike, z_label="cosine"),
+            Bars("Shapley values", "value", units, (Series("adapter", units, worth, worth, worth),)),
+            Curve(
+                "Scores",
+                "share off",
+                "accuracy",
+                tuple(Series(run, T, tuple(0.1 * at + 0.05 * t for t in T)) for at, run in enumerate(runs)),
+            ),
+            Heatmap("Empty", "x", "y", ("a", "b"), ("c",), ((None, None),)),
+            Heatmap("One value", "x", "y", ("a",), ("c",), ((0.5,),)),
+            Curve("Flat and small", "step", "loss", (Series("run", (0, 1, 2), (1e-7, 1e-7, 1e-7)),)),
+            Curve("Points", "axis 1", "axis 2", tuple(Series(run, (at,), (at % 3,)) for at, run in enumerate(runs))),
+        ),
+    )
+
+
 def evil_report():
     """Text that would do harm if it were not escaped, in every place that takes text."""
     one = Series(EVIL, (EVIL,), (1.0,), (0.5,), (1.5,))

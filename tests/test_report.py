@@ -299,7 +299,7 @@ def test_page_is_self_contained_and_accessible():
     assert all("src" not in attrs for _, attrs in outline.elements)
     assert outline.all("html") == [{"lang": "en"}]
     assert len(outline.all("h1")) == 1
-    assert len(outline.all("h2")) == len(report.panels) + 1
+    assert len(outline.all("h2")) == len(report.panels) + 2  # what was run, words
     assert all(attrs.get("scope") in ("col", "row") for attrs in outline.all("th"))
     plots = [attrs for attrs in outline.all("div") if attrs.get("role") == "img"]
     assert len(plots) == sum(not isinstance(panel, Table) for panel in report.panels)

@@ -9,8 +9,9 @@ import pytest
 
 import chromium
 from loraloom.report import Table, write
-from report_demo import demo_report, evil_report
+from report_demo import demo_report, evil_report, hard_report
 
+WIDTHS = (390, 768, 1280)  # a phone, a tablet, a laptop
 DRAWN = """[...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('svg.main-svg').length > 0
   && plot.querySelectorAll('.scatterlayer .trace path, .barlayer .trace path, .heatmaplayer image').length > 0)"""
 
@@ -31,12 +32,19 @@ def page(tmp_path_factory):
     return (folder / "report.html").as_uri()
 
 
+@pytest.fixture(scope="module")
+def hard_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hard")
+    write(hard_report(), folder)
+    return (folder / "report.html").as_uri()
+
+
 def colour(browser, selector, what):
     return browser.run(f"getComputedStyle(document.querySelector({selector!r}))[{what!r}]")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 820, 1400])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_page_is_quiet_whole_and_fits(browser, page, width, dark):
     browser.open(page, width=width, dark=dark)
     assert browser.complaints() == []
@@ -49,6 +57,54 @@ def test_page_is_quiet_whole_and_fits(browser, page, width, dark):
     paper = "rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)"
     assert colour(browser, "body", "backgroundColor") == paper
     assert colour(browser, ".plot .main-svg", "backgroundColor") == paper
+
+
+# Boxes of what is drawn on the plots: legends, lines and bars, names of axes.
+OVERLAPS = """[...document.querySelectorAll('.plot')].flatMap(plot => {
+  const box = e => e.getBoundingClientRect(), all = (where, of) => [...where.querySelectorAll(of)].map(box);
+  const cross = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+  const frame = box(plot.querySelector('.bglayer .bg') || plot.querySelector('.draglayer .nsewdrag'));
+  const outside = all(plot, '.legend .bg').filter(one => cross(one, frame)).map(() => 'legend on data');
+  const page = box(plot);
+  const cut = all(plot, '.legendtext, .xtitle, .ytitle, .ytick text, .cbaxis text').filter(one =>
+    one.left < page.left - 1 || one.right > page.right + 1 || one.top < page.top - 1 || one.bottom > page.bottom + 1);
+  return [...outside, ...cut.map(() => 'cut')].map(what => plot.id + ': ' + what); })"""
+
+
+# Contrast of each number on a heat map with the colour of its cell, as the page computes it from the values.
+CONTRASTS = r"""(() => { const { panels, look } = JSON.parse(document.getElementById('data').textContent);
+      const hex = c => [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16));
+      const rgb = c => c.match(/[\d.]+/g).slice(0, 3).map(Number);
+      const light = c => { const [r, g, b] = c.map(v => v / 255).map(
+        v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+      const theme = matchMedia('(prefers-color-scheme: dark)').matches ? look.dark : look.light;
+      return panels.flatMap((panel, i) => { if (panel.kind !== 'heatmap') return [];
+        const plot = document.getElementById('plot-' + i), values = panel.z.flat().filter(v => v !== null);
+        const texts = [...plot.querySelectorAll('.annotation-text')]; if (texts.length !== values.length) return [];
+        const low = Math.min(...values), high = Math.max(...values);
+        const both = low < 0 && high > 0, most = Math.max(-low, high);
+        const [from, to] = both ? [-most, most] : [low, high], scale = both ? theme.diverging : theme.scale;
+        return values.map((v, k) => { const s = to > from ? (v - from) / (to - from) : 0.5;
+          const at = Math.max(0, scale.findIndex(([p]) => p >= s) - 1), [[p, a], [q, b]] = scale.slice(at, at + 2);
+          const ground = hex(a).map((x, j) => x + (hex(b)[j] - x) * (s - p) / (q - p));
+          const [x, y] = [light(rgb(getComputedStyle(texts[k]).fill)), light(ground)].sort((x, y) => y - x);
+          return (x + 0.05) / (y + 0.05); }); }); })()"""
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, False), (1280, True)], ids=["phone", "light", "dark"])
+def test_what_is_hard_to_lay_out_fits(browser, hard_page, width, dark):
+    """Long names, 32 layers, nine series: no scrolling sideways, no legend on the data, nothing cut off; contrast."""
+    browser.open(hard_page, width=width, dark=dark)
+    assert browser.complaints() == []
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run(OVERLAPS) == []
+    assert browser.run("document.querySelectorAll('#plot-3 .legend .traces').length") == 9
+    bars = "[...document.querySelectorAll('.scrollbar')].filter(e => +e.getAttribute('height') > 0).length"
+    assert browser.run(bars) == 0
+    found = browser.run(CONTRASTS)
+    assert len(found) == (82 if width == 1280 else 1)  # a phone has no room for numbers in 9 columns
+    assert min(found) >= 4.5
 
 
 def test_every_series_has_its_line_and_band(browser, page):
@@ -74,7 +130,7 @@ def test_plots_follow_the_colour_scheme_and_paper(browser, page):
     assert browser.run("document.querySelector('.plot .main-svg').clientWidth") == 640
     browser.run("window.dispatchEvent(new Event('afterprint'))")
     assert colour(browser, ".plot .main-svg", "backgroundColor") == "rgb(20, 23, 27)"
-    assert browser.run("document.querySelector('.plot .main-svg').clientWidth") < 640
+    assert browser.run("document.querySelector('.plot .main-svg').clientWidth") != 640
     assert browser.complaints() == []
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from loraloom.folders import whole_file
 from loraloom.report.drawing import Drawing, fitted, width
-from loraloom.report.look import DASHES, LIGHT, MARKED, SYMBOLS, colour, contrast, span, ticks
+from loraloom.report.labels import LEGEND, shortened
+from loraloom.report.look import DASHES, LIGHT, MARKED, SYMBOLS, colour, contrast, sign, span, ticks
 from loraloom.report.panels import Bars, Curve, Heatmap, Panel, Series, Table, numbers
 
 if TYPE_CHECKING:
@@ -167,8 +168,7 @@ def _legend(sheet: Drawing, series: Sequence[Series], draw: Callable[[int, float
     x, y = 16.0, 18.0
     if len(series) < 2:
         return 16.0
-    for at, one in enumerate(series):
-        name = fitted(one.name, TEXT, sheet.width - 90)
+    for at, name in enumerate(shortened([one.name for one in series], LEGEND)):
         if x > 16 and x + 46 + width(name, TEXT) > sheet.width - 16:
             x, y = 16.0, y + 20
         draw(at, x, y)
@@ -183,7 +183,8 @@ def _hue(series: Sequence[Series], at: int, groups: Sequence[str]) -> tuple[str,
     known = list(dict.fromkeys([*groups, *(name for name, _, _ in own)]))
     variants = list(dict.fromkeys(rest for _, _, rest in own))
     group = known.index(own[at][0])
-    return LIGHT["hues"][group % len(LIGHT["hues"])], group % len(SYMBOLS), variants.index(own[at][2])
+    hue, marker = sign(group)
+    return LIGHT["hues"][hue], marker, variants.index(own[at][2])
 
 
 # --- kinds --------------------------------------------------------------------------------------------------------
@@ -200,19 +201,19 @@ def _curve(panel: Curve, groups: Sequence[str]) -> Drawing:
     def dash(index: int, variant: int) -> str:
         return DASHES[(variant if len(panel.series[index].x) <= MARKED else index) % len(DASHES)]
 
-    def sign(index: int, x: float, y: float) -> None:
+    def draw(index: int, x: float, y: float) -> None:
         hue, symbol, variant = _hue(panel.series, index, groups)
         sheet.line([(x, y), (x + 28, y)], hue, 2.2, dash(index, variant))
         if len(panel.series[index].x) <= MARKED:
             sheet.mark((x + 14, y), SYMBOLS[symbol], hue, open_=variant % 2 == 1)
 
-    top = _legend(sheet, panel.series, sign)
+    top = _legend(sheet, panel.series, draw)
     values = [v for one in panel.series for v in (*one.y, *(one.low or ()), *(one.high or ()))]
     y_ends = _ends(values, 0.05)
     x_ends = _ends([at(x) for one in panel.series for x in one.x], 0.03)
     y_ticks = ticks(*y_ends)
     x_ticks = [float(i) for i in range(len(places))] if places else ticks(*x_ends, 8)
-    x_texts = places or numbers(x_ticks)
+    x_texts = shortened(places) or numbers(x_ticks)
     labels = numbers(y_ticks)
     frame = _frame(sheet, top, x_ends, y_ends, labels, _below(x_texts, (WIDE - 80) / max(1, len(x_texts))))
     _y_axis(sheet, frame, y_ticks, labels, panel.y_label)
@@ -253,10 +254,11 @@ def _bars(panel: Bars, groups: Sequence[str]) -> Drawing:
     y_ticks = ticks(*y_ends)
     labels = numbers(y_ticks)
     count = len(panel.categories)
-    below = _below(panel.categories, (WIDE - 80) / max(1, count))
+    names = shortened(panel.categories)
+    below = _below(names, (WIDE - 80) / max(1, count))
     frame = _frame(sheet, top, (-0.5, count - 0.5), y_ends, labels, below - 8)
     _y_axis(sheet, frame, y_ticks, labels, panel.y_label)
-    _x_axis(sheet, frame, list(map(float, range(count))), panel.categories, "")
+    _x_axis(sheet, frame, list(map(float, range(count))), names, "")
     wide = (frame.right - frame.left) / count * 0.76 / len(panel.series)
     for index, one in enumerate(panel.series):
         for at, (name, value) in enumerate(zip(one.x, one.y, strict=True)):
@@ -277,9 +279,8 @@ def _whisker(sheet: Drawing, x: float, low: float, high: float, half: float) -> 
 
 def _heatmap(panel: Heatmap) -> Drawing:
     columns, rows = len(panel.x), len(panel.y)
-    each = 24.0 if rows <= 24 else 16.0
-    x_texts = [fitted(text, TEXT, MOST_LABEL) for text in numbers(panel.x)]
-    y_texts = [fitted(text, TEXT, MOST_LABEL) for text in numbers(panel.y)]
+    each = 16.0 if rows > 24 else max(24.0, 72.0 / max(1, rows))
+    x_texts, y_texts = (shortened(numbers(names)) for names in (panel.x, panel.y))
     left = 44.0 + max((width(text, TEXT) for text in y_texts), default=0.0)
     known = [z for row in panel.z for z in row if z is not None]
     low, high, both = span(known)
@@ -314,7 +315,8 @@ def _heatmap(panel: Heatmap) -> Drawing:
         sheet.text((left - 8, 16 + (i + 0.5) * each), text, MUTED, TEXT, "end")
     label = fitted(panel.y_label, LABEL, max(40.0, bottom))
     sheet.text((14, (16 + bottom) / 2), label, INK, LABEL, "middle", turned=True)
-    _colourbar(sheet, (right + 14, 16, bottom), (low, high), scale, panel.z_label)
+    if high > low and known:
+        _colourbar(sheet, (right + 14, 16, bottom), (low, high), scale, panel.z_label)
     return sheet
 
 

@@ -15,7 +15,7 @@ LIGHT: dict[str, Any] = {
     "line": "#8c959f",
     "paper": "#ffffff",
     "empty": "#f1f3f5",
-    "hues": ["#0072B2", "#D55E00", "#00825F", "#A8487F", "#000000", "#946200", "#2378A8"],
+    "hues": ["#0072B2", "#D55E00", "#00825F", "#A8487F", "#000000", "#946200", "#6B6B6B"],
     "scale": [[0, "#eef4fa"], [0.5, "#6baed6"], [1, "#08306b"]],
     "diverging": [[0, "#8a3b00"], [0.25, "#e08b4f"], [0.5, "#f7f7f7"], [0.75, "#6baed6"], [1, "#08306b"]],
 }
@@ -26,7 +26,7 @@ DARK: dict[str, Any] = {
     "line": "#6b7480",
     "paper": "#14171b",
     "empty": "#1b1f24",
-    "hues": ["#56B4E9", "#E69F00", "#1FBF92", "#CC79A7", "#F0E442", "#F07A24", "#FFFFFF"],
+    "hues": ["#56B4E9", "#E69F00", "#1FBF92", "#CC79A7", "#F0E442", "#FFFFFF", "#A3ABB5"],
     "scale": [[0, "#1d2126"], [0.5, "#2a6f9e"], [1, "#c4e6ff"]],
     "diverging": [[0, "#ffc08a"], [0.25, "#b5652a"], [0.5, "#262b31"], [0.75, "#2a6f9e"], [1, "#c4e6ff"]],
 }
@@ -35,6 +35,17 @@ SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "star", "hexagon"]
 HATCHES = ["", "/", "x", ".", "-", "\\", "|", "+"]
 MARKED = 30  # a line of more points than this shows no markers
 LOOK = {"light": LIGHT, "dark": DARK, "dashes": DASHES, "symbols": SYMBOLS, "hatches": HATCHES, "marked": MARKED}
+
+
+def sign(group: int) -> tuple[int, int]:
+    """Places of the colour and of the marker of a group of series; no two of the first 49 have both alike.
+
+    Example:
+        >>> sign(0), sign(7)
+        ((0, 0), (0, 1))
+    """
+    hues = len(LIGHT["hues"])
+    return group % hues, (group + group // hues) % len(SYMBOLS)
 
 
 def colour(scale: list[Any], share: float) -> str:

@@ -9,7 +9,10 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from loraloom.report.grid import flat, grid, spelled
-from loraloom.report.panels import Bars, Cell, Curve, Heatmap, Panel, Table, number, to_json
+from loraloom.report.labels import LEGEND, shortened
+from loraloom.report.look import LOOK
+from loraloom.report.panels import JSON, Bars, Cell, Curve, Heatmap, Panel, Table, number, to_json
+from loraloom.report.words import words_of
 
 if TYPE_CHECKING:
     from loraloom.report.document import Report
@@ -19,15 +22,16 @@ def webpage(report: Report) -> str:
     """The whole page; every text of the report is escaped, and nothing in it is fetched from anywhere."""
     from plotly.offline import get_plotlyjs
 
-    labels = _labels(report.panels)
+    labels, breadths = _labels(report.panels), _breadths(report.panels)
     return Template(_file("page.html")).substitute(
         title=escape(report.title),
         style=_file("page.css"),
         summary="\n".join(f"<p>{escape(part.strip())}</p>" for part in report.summary.split("\n\n") if part.strip()),
         contents=_contents(report.panels, labels),
-        panels="\n".join(_panel(i, panel, labels[i]) for i, panel in enumerate(report.panels)),
+        panels="\n".join(_panel(i, panel, labels[i], breadths[i]) for i, panel in enumerate(report.panels)),
         run=_run(report),
-        data=_script_json([to_json(panel) for panel in report.panels]),
+        words=_words(report),
+        data=_script_json({"panels": [_drawn(panel) for panel in report.panels], "look": LOOK}),
         plotly=get_plotlyjs(),
         script=_file("page.js"),
     )
@@ -41,6 +45,17 @@ def _script_json(value: object) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _drawn(panel: Panel) -> dict[str, JSON]:
+    """A panel as page.js draws it: with the short forms of its names."""
+    short: dict[str, list[str]] = {}
+    if isinstance(panel, Heatmap):
+        short = {"x": shortened(panel.x), "y": shortened(panel.y)}
+    elif isinstance(panel, Bars | Curve):
+        short = {"series": shortened([one.name for one in panel.series], LEGEND)}
+        short |= {"x": shortened(panel.categories)} if isinstance(panel, Bars) else {}
+    return to_json(panel) | {"short": short}
 
 
 def _labels(panels: tuple[Panel, ...]) -> list[str]:
@@ -57,10 +72,10 @@ def _contents(panels: tuple[Panel, ...], labels: list[str]) -> str:
     return f'<nav aria-label="Figures and tables"><ol>{"".join(links)}</ol></nav>' if len(panels) > 1 else ""
 
 
-def _panel(index: int, panel: Panel, label: str) -> str:
+def _panel(index: int, panel: Panel, label: str, breadth: str) -> str:
     note = escape(panel.note)
     parts = [
-        f'<section class="panel" id="panel-{index}" aria-labelledby="title-{index}">',
+        f'<section class="panel{breadth}" id="panel-{index}" aria-labelledby="title-{index}">',
         f'<h2 id="title-{index}"><span class="label">{label}</span> {escape(panel.title)}</h2>',
     ]
     if isinstance(panel, Table):
@@ -82,6 +97,31 @@ def _panel(index: int, panel: Panel, label: str) -> str:
             f'<code>{escape(panel.command)}</code></pre><button type="button">Copy</button></div>'
         )
     return "\n".join([part for part in parts if part] + ["</section>"])
+
+
+def _breadths(panels: tuple[Panel, ...]) -> list[str]:
+    """Classes of panels in two columns: ``wide`` takes a whole row, and so does one that is ``alone`` in its row."""
+    found = [" wide" if _is_wide(panel) else "" for panel in panels]
+    column = 0
+    for at, breadth in enumerate(found):
+        if breadth:
+            column = 0
+        elif column == 0 and (at + 1 == len(found) or found[at + 1]):
+            found[at] = " wide alone"
+        else:
+            column = 1 - column
+    return found
+
+
+def _is_wide(panel: Panel) -> bool:
+    """Whether the panel asks for the whole width of the page."""
+    if isinstance(panel, Table):
+        return len(panel.columns) > 4 or any(
+            isinstance(cell, str) and len(cell) > 48 for row in panel.rows for cell in row
+        )
+    if isinstance(panel, Heatmap):
+        return len(panel.x) > 14
+    return isinstance(panel, Bars) and len(panel.categories) * len(panel.series) > 36
 
 
 def _save(index: int, label: str, form: str) -> str:
@@ -160,6 +200,21 @@ def _cell(cell: Cell, text: str, column: int, css: str) -> str:
     value = "" if cell is None else f' data-value="{escape(str(cell))}"'
     shown = escape(text)
     return f'<th scope="row"{css}{value}>{shown}</th>' if column == 0 else f"<td{css}{value}>{shown}</td>"
+
+
+def _words(report: Report) -> str:
+    """A list of the words that stand in titles, notes, labels and the summary."""
+    texts = [report.title, report.summary]
+    for panel in report.panels:
+        texts += [panel.title, panel.note, *(getattr(panel, name, "") for name in ("x_label", "y_label", "z_label"))]
+        texts += [one.name for one in getattr(panel, "series", ())]
+        texts += [str(cell) for row in panel.rows for cell in row] if isinstance(panel, Table) else []
+    found = words_of(texts)
+    if not found:
+        return ""
+    told = "\n".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in found)
+    head = '<section class="words" aria-labelledby="words-title"><h2 id="words-title">Words</h2>'
+    return f"{head}\n<dl>\n{told}\n</dl></section>"
 
 
 def _run(report: Report) -> str:
