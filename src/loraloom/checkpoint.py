@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -99,7 +100,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _in_cache(self, path: Path) -> bool:
         """The hub's cache keeps snapshots as links to ``blobs`` two folders up."""
-        return path.resolve().parent == (self.folder.resolve().parent.parent / "blobs")
+        return Path(os.path.realpath(path)).parent == (self.folder.resolve().parent.parent / "blobs")
 
     def __getitem__(self, key: str) -> Tensor:
         return self.shards[self._shard[key]].read(key)

@@ -243,7 +243,7 @@ def _pick(package: Package, folder: Path) -> Path | None:
         "debian": r"_.*\.deb",
     }[package.kind]
     shape = re.compile(stem + ending, re.IGNORECASE)
-    return next((path for path in sorted(folder.iterdir()) if shape.fullmatch(path.name)), None)
+    return next((path for path in sorted(folder.iterdir()) if shape.fullmatch(path.name) and path.is_file()), None)
 
 
 def _download(package: Package, folder: Path) -> Path:

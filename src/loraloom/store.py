@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
@@ -299,7 +300,7 @@ def save(
         tensor(3.)
     """
     adapter = as_stored(adapter)
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))  # unlike resolve, no trouble with links in a circle
     kind: Any = {"overwrite": overwrite, "mark": CONFIG, "what": "an adapter folder"}
     refuse_taken(target, **kind)
     check_config(adapter.config, "configuration")

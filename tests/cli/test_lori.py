@@ -94,7 +94,7 @@ def test_calibration_by_gradients_and_disjoint_masks(loraloom, trained):
 
 
 def test_killed_in_calibration_and_after_it_and_resumed(loraloom, world):
-    steps = ["--set", "train.steps=80", "--set", "train.save_every=5", *LORI]
+    steps = ["--set", "train.steps=100", "--set", "train.save_every=25", *LORI]
     steps += ["--set", "lori={calibrate: {density: 0.25}}"]
     whole = loraloom("train", "recipe.yaml", "--set", "output=lw", *steps)
     assert whole.returncode == 0, whole.stderr

@@ -112,7 +112,12 @@ def damaged_yaml(data: bytes, chance: random.Random) -> bytes:
         at = chance.randrange(len(lines))
         lines[at] = lines[at].partition(b":")[0] + b": " + tag + b"\n"
         return b"".join(lines)
-    return yaml.safe_dump(damaged_value(yaml.safe_load(data), chance), allow_unicode=True).encode("utf-8", "replace")
+    value = damaged_value(yaml.safe_load(data), chance)
+    try:
+        text = yaml.safe_dump(value, allow_unicode=True) if how > 6 else json.dumps(value)  # JSON is YAML too
+    except RecursionError:
+        text = json.dumps(value)
+    return text.encode("utf-8", "replace")
 
 
 def bomb(chance: random.Random) -> bytes:

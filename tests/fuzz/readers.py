@@ -44,9 +44,9 @@ class Reader:
     command: tuple[str, ...] = ()
 
 
-def adapter(modules: int = 2, **config: Any) -> Adapter:
+def adapter(modules: int = 2, seed: int = 0, **config: Any) -> Adapter:
     """A small LoRA (with use_dora: DoRA) with a classifier beside it."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
 
     def factors() -> Factors:
         magnitude = torch.rand(4, generator=draw) if config.get("use_dora") else None

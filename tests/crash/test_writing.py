@@ -1,0 +1,110 @@
+"""Killed, interrupted, out of disk or refused by the system at any moment: the old output is there, or the new one.
+
+`make test` looks at some moments, `make crash` at all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from child import quick_folder, status_of
+from crash.operations import OPERATIONS, Place, content, inputs
+from crash.points import at_call, at_line, die, interrupt
+from loraloom.cli.shell import line_of
+
+ALL = bool(os.environ.get("LORALOOM_ALL_MOMENTS"))
+
+
+@pytest.fixture(scope="module")
+def given() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield inputs(folder)
+
+
+@pytest.fixture(params=OPERATIONS if ALL else ["save", "mask", "page"])
+def place(request: pytest.FixtureRequest, given: Path) -> Iterator[Place]:
+    with quick_folder() as folder:
+        yield Place(request.param, folder, given)
+
+
+def moments(place: Place, some: int) -> list[int]:
+    """Numbers of lines: all, or some of them and the last ones, where the new output takes its place."""
+    place.reset()
+    lines = at_line(0, die, place.run)
+    assert lines > 50
+    every = range(1, lines + 1)
+    return list(every) if ALL else sorted({*random.Random(0).sample(every, some), *every[-20::5]})
+
+
+def test_killed_at_any_line(place: Place) -> None:
+    seen = []
+    for nth in moments(place, 2):
+        place.reset()
+        assert status_of(partial(at_line, nth, die, place.run)) == -signal.SIGKILL
+        seen.append(place.state())
+        place.run()  # what is left over is in nobody's way, and goes
+        assert (place.state(), place.debris()) == ("new", [])
+    assert set(seen) == {"old", "new"} and seen == sorted(seen, reverse=True)
+
+
+def test_interrupted_at_any_line(place: Place) -> None:
+    left = 0
+    for nth in moments(place, 2):
+        place.reset()
+        with pytest.raises(KeyboardInterrupt):
+            at_line(nth, interrupt, place.run)
+        assert place.state() in ("old", "new")
+        left += bool(place.debris())  # where tidying up itself is interrupted
+        place.run()
+        assert (place.state(), place.debris()) == ("new", [])
+    assert left <= 12
+
+
+def test_refused_by_the_system_at_any_call(place: Place) -> None:
+    """A full disk, a folder that is read-only, rights that are lost."""
+    nth = 0
+    while True:
+        nth += 1
+        number = (errno.ENOSPC, errno.EROFS, errno.EACCES)[nth % 3]
+        place.reset()
+        try:
+            if not at_call(nth, number, place.run):
+                break
+        except OSError as error:
+            assert os.strerror(number) in line_of(error) and str(place.out) in line_of(error)
+        assert place.state() in ("old", "new")
+        assert place.debris() == []
+    assert place.state() == "new" and nth > 5
+
+
+def test_a_disk_that_is_full_after_so_many_bytes(place: Place) -> None:
+    """The limit of a process for its files acts as a full disk does, at any byte."""
+
+    def full(most: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        with pytest.raises(OSError) as caught:
+            place.run()
+        assert line_of(caught.value) == f"{place.out}: File too large"
+
+    place.reset()
+    place.run()
+    largest = max(map(len, content(place.out).values() if place.out.is_dir() else [content(place.out)]))
+    for most in range(0, largest, 1 if ALL and largest < 5000 else largest // 4):
+        place.reset()
+        assert status_of(partial(full, most)) == 0
+        assert (place.state(), place.debris()) == ("old", [])
+
+
+def test_parents_that_were_made_go_again(given: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        at_line(80, interrupt, lambda: OPERATIONS["save"].run(given, tmp_path / "deep" / "er" / "out"))
+    assert list(tmp_path.iterdir()) == []
