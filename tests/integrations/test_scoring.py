@@ -130,3 +130,27 @@ def test_a_score_is_a_function_of_an_adapter(causal):
 def test_a_task_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"task digits is of image; .* takes text"):
         bench(tiny_llama(), "digits", family="causal", processor=Letters())
+
+
+def test_points_of_a_path_are_swapped_in_place(causal):
+    """Two shapes, that of the ends and that of the sums in between, are built once each; the scores are the same."""
+    from loraloom.adapter import Adapter, Factors
+
+    def drawn(seed):
+        draw = torch.Generator().manual_seed(seed)
+        parts = {f"model.layers.{i}.self_attn.q_proj": (16, 16) for i in (0, 1)}
+        modules = {
+            name: Factors(B=4 * torch.randn(out, 2, generator=draw), A=torch.randn(2, in_, generator=draw))
+            for name, (out, in_) in parts.items()
+        }
+        return Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}, modules)
+
+    a, b = drawn(0), drawn(1)
+    score = lambda one: causal.evaluate(one).value  # noqa: E731
+    found = ll.connectivity(a, b, score, points=6)
+    assert (causal.seat.injections, causal.seat.swaps) == (2, 4)
+    fresh = []
+    for t in found.at:
+        alone = bench(tiny_llama(vocab=VOCAB), text_task(()), family="causal", processor=Letters(), max_length=30)
+        fresh.append(alone.evaluate(ll.interpolate(a, b, t)).value)
+    assert list(found.scores) == fresh and len(set(fresh)) > 1

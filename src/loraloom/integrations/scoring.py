@@ -21,8 +21,8 @@ from loraloom.adapter import Adapter
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.generation import check_judge, judged
 from loraloom.integrations.likelihood import Continuation
-from loraloom.integrations.peft import attached
 from loraloom.integrations.prefix import Scores
+from loraloom.integrations.seat import Seat
 from loraloom.models import models
 from loraloom.registry import UnknownName
 from loraloom.tasks import Example, Task, load_task
@@ -142,6 +142,11 @@ class Bench:
         """The task's examples as rows of tokens."""
         return Continuation(self.processor, self.task, self.max_length)
 
+    @cached_property
+    def seat(self) -> Seat:
+        """Where adapters take turns on the model: those of one shape swap weights."""
+        return Seat(self.model)
+
     @property
     def training(self) -> Sequence[Example]:
         """The examples to train on."""
@@ -233,7 +238,7 @@ class Bench:
     def evaluate(self, adapter: Adapter | None, split: str = "test", limit: int | None = None) -> Evaluation:
         """Accuracy of the base with ``adapter`` (None: the base alone) on a split, with its interval."""
         self.ready(split, limit)
-        with attached(self.model, adapter) as model:
+        with self.seat.attached(adapter) as model:
             return self.outcome(model, split, limit)
 
     def ready(self, split: str = "test", limit: int | None = None) -> Sequence[Example]:
