@@ -248,13 +248,21 @@ def interference(
 
 
 @asks("geometry", scores=False)
-def geometry(ask: Ask, adapters: Many, allow_different_bases: OtherBases = False) -> Any:
-    """Where many adapters lie: cosines, distances, principal axes. No model or task is needed."""
+def geometry(
+    ask: Ask,
+    adapters: Many,
+    tsne: Annotated[bool, typer.Option("--tsne", help="Also a map by t-SNE, of at least four adapters.")] = False,
+    perplexity: Annotated[float | None, typer.Option(help="Of the map; by default (k - 1) / 3, at most 30.")] = None,
+    seed: Seed = 0,
+    allow_different_bases: OtherBases = False,
+) -> Any:
+    """Where many adapters lie: cosines, distances, principal axes, t-SNE. No model or task is needed."""
     import loraloom as ll
     from loraloom.probing import geometry_report
 
     opened, names = [ll.load(path) for path in adapters], [path.name for path in adapters]
-    return geometry_report(opened, names, same_base=not allow_different_bases)
+    options: dict[str, Any] = {"tsne": tsne, "perplexity": perplexity, "seed": seed}
+    return geometry_report(opened, names, same_base=not allow_different_bases, **options)
 
 
 @asks("balance", scores=False)

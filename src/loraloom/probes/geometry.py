@@ -25,6 +25,8 @@ class Geometry:
         distance: k x k, ``|dW_a - dW_b|``; below 1e-7 of the norms it is rounding.
         positions: k x 2 (k x 1 for two adapters), coordinates on the principal axes, the mean at 0.
         explained: share of the sum of squared distances from the mean that lies along each axis; 0 where all are one.
+        neighbours: k x 2, a map by t-SNE that keeps neighbours together; None where it was not asked for.
+        perplexity: of that map, how many neighbours count as near.
     """
 
     norms: tuple[float, ...]
@@ -32,30 +34,47 @@ class Geometry:
     distance: tuple[tuple[float, ...], ...]
     positions: tuple[tuple[float, ...], ...]
     explained: tuple[float, ...]
+    neighbours: tuple[tuple[float, ...], ...] | None = None
+    perplexity: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, tuples as lists."""
         return {
             name: [list(item) if isinstance(item, tuple) else item for item in value]
+            if isinstance(value, tuple)
+            else value
             for name, value in asdict(self).items()
         }
 
 
 @probes.register("geometry", paper="https://arxiv.org/abs/2506.05713")
-def geometry(adapters: Sequence[Adapter], *, same_base: bool = True) -> Geometry:
+def geometry(
+    adapters: Sequence[Adapter],
+    *,
+    tsne: bool = False,
+    perplexity: float | None = None,
+    seed: int = 0,
+    same_base: bool = True,
+) -> Geometry:
     """Cosines, distances and principal components of many adapters, as CoTo compares runs (arXiv 2506.05713).
 
     All of it follows from the k x k inner products of the updates ``scale * B @ A``, which are computed on the factors
-    in float64. The axes are those of a principal component analysis of the dense updates, exactly: nothing is drawn
-    and no dimension is left out, as t-SNE would. Of each axis the adapter that is farthest out is on the positive side.
-    A module that an adapter lacks is a zero update.
+    in float64. The axes are those of a principal component analysis of the dense updates, exactly: nothing is drawn.
+    Of each axis the adapter that is farthest out is on the positive side. A module that an adapter lacks is a zero
+    update.
+
+    ``tsne`` adds the map of the paper's figure (van der Maaten and Hinton 2008), from the same exact distances. It
+    shows who is near whom; its axes, and how far groups are from each other, mean nothing.
 
     Args:
         adapters: at least two, of one kind; for all kinds but LoRA see :func:`loraloom.interference`.
+        tsne: also the map by t-SNE, of at least four adapters.
+        perplexity: of the map, in [1, k - 1]; by default (k - 1) / 3, at most 30.
+        seed: of the start of the map.
         same_base: refuse adapters of base models of different names.
 
     Raises:
-        ValueError: fewer than two adapters, or factors that are not finite.
+        ValueError: fewer than two adapters, or four for a map; a perplexity out of range; factors that are not finite.
         AdapterMismatch: kinds, base models or the sizes of a module differ.
         UnsupportedKind: updates that are relative to base weights which their start has moved (PiSSA and the like).
 
@@ -67,6 +86,7 @@ def geometry(adapters: Sequence[Adapter], *, same_base: bool = True) -> Geometry
         ((0.0, 1.0, 5.0), [-2.0, -1.0, 3.0], [1.0, 0.0])
     """
     check_comparable(adapters, same_base, "geometry")
+    near = _perplexity(len(adapters), perplexity) if tsne or perplexity is not None else None
     gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         gram += _gram(name, adapters)
@@ -83,7 +103,34 @@ def geometry(adapters: Sequence[Adapter], *, same_base: bool = True) -> Geometry
         tuple(map(tuple, distance.tolist())),
         tuple(map(tuple, positions.tolist())),
         tuple(explained.tolist()),
+        None if near is None else neighbour_map(distance, near, seed),
+        near,
     )
+
+
+def _perplexity(count: int, asked: float | None) -> float:
+    """What was asked for, or a third of the other adapters."""
+    if count < 4:
+        raise ValueError(f"a map by t-SNE needs at least 4 adapters, got {count}")
+    found = min(30.0, (count - 1) / 3) if asked is None else float(asked)
+    if not 1 <= found <= count - 1:
+        raise ValueError(f"perplexity must be in [1, {count - 1}] for {count} adapters, got {asked!r}")
+    return found
+
+
+def neighbour_map(distance: Float[Tensor, "k k"], perplexity: float, seed: int) -> tuple[tuple[float, ...], ...]:
+    """Places on a plane that keep near ones together, by t-SNE (van der Maaten and Hinton 2008), with the mean at 0.
+
+    The start is drawn with ``seed``, and the exact algorithm runs in one thread's order: the same map each time.
+    """
+    from sklearn.manifold import TSNE
+
+    if not distance.any():
+        return tuple((0.0, 0.0) for _ in distance)
+    scaled = (distance / distance.max()).numpy()
+    options: dict[str, Any] = {"metric": "precomputed", "init": "random", "method": "exact", "learning_rate": "auto"}
+    places = TSNE(perplexity=perplexity, random_state=seed, **options).fit_transform(scaled)
+    return tuple(map(tuple, (places - places.mean(axis=0)).astype(float).tolist()))
 
 
 def principal_axes(gram: Float[Tensor, "k k"], axes: int) -> tuple[Float[Tensor, "k axes"], Float[Tensor, " axes"]]:
