@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loraloom.ops.prune import prune
     from loraloom.ops.search import search
     from loraloom.overview import cosines, summary
+    from loraloom.planning import plan
     from loraloom.probes.balance import balance
     from loraloom.probes.connectivity import connectivity
     from loraloom.probes.forgetting import forgetting
@@ -88,6 +89,7 @@ _HOME = {
     "shapley": "probes.shapley",
     "stability": "probes.stability",
     "Recipe": "recipe",
+    "plan": "planning",
     "train": "run",
     "read_recipe": "recipe:read",
     **dict.fromkeys(["load", "save"], "store"),
@@ -145,6 +147,7 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
     "Recipe",
     "read_recipe",
     "train",
+    "plan",
     "load_task",
     "bench",
     "score",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraloom.cli import analyses, data, folders, operators, probes, sweeping, training  # noqa: F401 - importing them registers their commands
+from loraloom.cli import analyses, data, folders, operators, planning, probes, sweeping, training  # noqa: F401 - importing them registers their commands
 from loraloom.cli.shell import app
 
 

@@ -318,7 +318,7 @@ def _chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
 
 def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
     """h with what each token finds in the rank space; float64 stays so, all else looks in float32."""
-    with torch.autocast(h.device.type, enabled=False):
+    with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
         wide = h if h.dtype == torch.float64 else h.float()
         total = wide
         for lookup in lookups:

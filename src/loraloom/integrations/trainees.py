@@ -1,0 +1,65 @@
+"""The model of a recipe as it is trained, on the meta device, and what one pass through it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.integrations import shapes
+from loraloom.integrations.adapting import training, whole
+from loraloom.integrations.trace import Trace, trace
+from loraloom.store import load
+from loraloom.strategies.dropout import ProgressiveDropout
+
+
+def traced(recipe: Any, *, batch: int, unit: str = "layer") -> Trace:
+    """One forward pass of ``batch`` examples of a recipe (``recipe.Recipe``), with all adapters taking part.
+
+    Raises:
+        ValueError: the model's configuration is not found, or the adapter or the data do not fit it.
+    """
+    kind = "bfloat16" if recipe.train.bf16 else recipe.dtype
+    bare, family = shapes.bare(recipe.model, kind)
+    data = recipe.data
+    given = shapes.inputs(bare, family, batch=batch, length=data.max_length, image_size=data.image_size)
+    if recipe.moka is not None:
+        given |= _tokens(batch, data.max_length, max(recipe.moka.modalities.values()))
+    with trainee(bare, recipe) as model:
+        return trace(model.train(), given, unit=unit, switched=recipe.adapter.kind != "none")
+
+
+@contextmanager
+def trainee(model: nn.Module, recipe: Any) -> Iterator[nn.Module]:
+    """The model with what the recipe trains, as for a run of it, but for the values of the weights."""
+    told, strategy = recipe.adapter.model_dump(), recipe.plan()
+    if isinstance(strategy, ProgressiveDropout):
+        told["dropout"] = strategy.probability(0)
+    start = None if recipe.continue_from is None else load(recipe.continue_from)
+    moka = None if recipe.moka is None else recipe.moka.plan(recipe.adapter)
+    with ExitStack() as held:
+        with torch.device(next(model.parameters()).device):  # for what is added to the model, not for what it does
+            if recipe.adapter.kind == "none":
+                made: Any = held.enter_context(whole(model, recipe.adapter.modules_to_save))
+            else:
+                made = held.enter_context(training(model, **told, seed=recipe.seed, start=start, moka=moka))
+        for name, weight in made.named_parameters():
+            if recipe.lori is not None and {"lora_A", "lora_embedding_A"} & {*name.split(".")}:
+                weight.requires_grad_(False)
+        yield made
+
+
+def _tokens(batch: int, length: int, modalities: int) -> dict[str, Tensor]:
+    """Half of every example the modalities, one after the other; then text, of which the second half is the answer.
+
+    They are real numbers: which token is what is decided by looking at them.
+    """
+    half = length // 2
+    of = torch.arange(half) * modalities // max(half, 1) + 1
+    ids = torch.cat([of, torch.zeros(length - half, dtype=torch.long)]).expand(batch, length).clone()
+    labels = torch.zeros_like(ids)
+    labels[:, : length - length // 4] = -100
+    return {"modality_ids": ids, "labels": labels, "input_ids": torch.zeros_like(ids)}
