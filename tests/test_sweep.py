@@ -18,7 +18,8 @@ from loraloom import report, sweep
 from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
-from loraloom.sweep.plan import cells, groups, operations, phases, run_key, run_of
+from loraloom.sweep.operations import groups, operations
+from loraloom.sweep.plan import cells, phases, run_key, run_of
 from loraloom.sweep.results import spread
 from loraloom.sweep.work import Journal, Worker, chooser, claimed
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
@@ -37,6 +38,7 @@ TABLE = {
         "interpolate": {"at": [0.0, 0.5]},
         "merge": [{"weights": [1, 2], "space": "delta"}],
         "prune": [{"keep": "every-other"}, {"density": 0.5}],
+        "coalitions": {"off": [0.5], "draws": 2},
     },
 }
 
@@ -68,8 +70,8 @@ def results(folder: Path) -> dict:
 def test_every_job_is_done_once_and_counted(done) -> None:
     _, folder, said = done
     # 1 frozen, 2 arms x 2 rates on seed 0, seed 1 at the chosen rates, then 2 arms x (2 spaces x 2 points, a merge, 2
-    # prunings), on each seed or pair; half way the two pairs are one.
-    jobs = 1 + 4 + 2 + 2 * (2 * (2 + 1) + 2 + 2 * 2)
+    # prunings, 2 coalitions), on each seed or pair; half way the two pairs are one.
+    jobs = 1 + 4 + 2 + 2 * (2 * (2 + 1) + 2 + 2 * 2 + 2 * 2)
     assert len(list((folder / "journal").iterdir())) == jobs
     assert (
         said[0].startswith(f"[1/{jobs}] ")
@@ -105,6 +107,29 @@ def test_an_operation_is_on_the_seeds_that_it_says(done) -> None:
     merged = next(job for job in jobs if job.operation.name == "merge 1:2, linear delta")
     assert merged.operation.arguments["weights"] == [1 / 3, 2 / 3]
     assert [source.seed for source in merged.sources] == [0, 1]
+
+
+def test_coalitions_are_drawn_alike_and_told_as_one(done) -> None:
+    made, folder, _ = done
+    journal = Journal(folder / "journal")
+    jobs = [job for part in phases(made, chooser(made, journal)) for job in part if job.operation.how == "coalition"]
+    assert sorted((job.cell.arm, job.seed, job.operation.arguments["draw"]) for job in jobs) == [
+        (arm, seed, draw) for arm in ("CoTo", "LoRA") for seed in (0, 1) for draw in (0, 1)
+    ]
+    kept = {}
+    for job in jobs:
+        whole = load(folder / "adapters" / run_key(job.sources[0]))
+        kept.setdefault(job.operation.arguments["draw"], set()).add(tuple(job.operation.applied([whole]).modules))
+        assert 0 < len(job.operation.applied([whole]).modules) < len(whole.modules)
+    assert all(len(one) == 1 for one in kept.values()) and kept[0] != kept[1]
+    mine = [job for job in jobs if (job.cell.arm, job.seed) == ("CoTo", 1)]
+    mean = np.mean([journal.correct(job, "test").mean() for job in mine])
+    (told,) = [
+        record["by_seed"]["1"]
+        for record in results(folder)["records"]
+        if (record["arm"], record["measurement"]) == ("CoTo", "layers off with chance 0.5")
+    ]
+    assert told == pytest.approx(mean)
 
 
 def test_the_rate_is_chosen_on_validation_of_the_tuning_seeds(table: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from scipy.special import stdtrit
 
 from loraloom import __version__
 from loraloom.report import Curve, Heatmap, Panel, Report, Series, Table
-from loraloom.sweep.plan import Cell, Job, Sweep, cells, operations
+from loraloom.sweep.operations import operations
+from loraloom.sweep.plan import Cell, cells
+from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal, chooser, finished
 from loraloom.tasks.metrics import difference
 
@@ -41,14 +43,17 @@ class Found:
         self.sweep, self.journal = sweep, journal
         self.choose = chooser(sweep, journal)
         self.jobs = finished(sweep, journal)
-        self.by: dict[Key, dict[int, np.ndarray]] = {}
+        drawn: dict[Key, dict[int, list[np.ndarray]]] = {}  # a coalition has several draws a seed
         self.validation: dict[Cell, list[float]] = {}
         for job in self.jobs:
-            split = job.splits[-1]
-            self.by.setdefault(_key(job), {})[job.seed] = journal.correct(job, split)
+            outcome = journal.correct(job, job.splits[-1])
+            drawn.setdefault((job.cell, job.operation.name), {}).setdefault(job.seed, []).append(outcome)
             if job.operation.how == "alone" and job.seed in (sweep.tuned_on or sweep.seeds):
                 value = float(journal.correct(job, "validation").mean())
                 self.validation.setdefault(job.cell, []).append(value)
+        self.by: dict[Key, dict[int, np.ndarray]] = {
+            key: {seed: np.mean(outcomes, axis=0) for seed, outcomes in seeds.items()} for key, seeds in drawn.items()
+        }
 
     @property
     def chosen(self) -> list[Cell]:
@@ -62,10 +67,6 @@ class Found:
 
     def _at(self, arm: str, axes: tuple[str, ...], task: str) -> Cell:
         return Cell(arm, axes, task, self.choose(Cell(arm, axes, task, 0.0)))
-
-
-def _key(job: Job) -> Key:
-    return job.cell, job.operation.name
 
 
 def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int) -> Report:

@@ -28,7 +28,9 @@ from loraloom.registry import edge
 from loraloom.report import replace_file
 from loraloom.run import bench_of, train_on
 from loraloom.store import load
-from loraloom.sweep.plan import Cell, Job, Sweep, operations, phases, run_key
+from loraloom.sweep.operations import operations
+from loraloom.sweep.plan import Cell, Job, phases, run_key
+from loraloom.sweep.table import Sweep
 
 _PAUSE = 0.5  # seconds between looks at the journal while others do the last jobs of a part
 Say = Callable[[str], None]

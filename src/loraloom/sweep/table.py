@@ -1,0 +1,137 @@
+"""A table described in YAML: which runs are trained, and what is done to their adapters.
+
+recipe: ../demo/lora.yaml
+arms:
+  LoRA: {}
+  CoTo: {strategy.name: coto}
+seeds: [0, 1, 2]
+rates: [5e-4, 1e-3, 2e-3]
+measure:
+  interpolate: {at: [0.5]}
+  prune: [{keep: every-other}]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from loraloom.recipe import Recipe
+
+Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Points(_Strict):
+    """Points between the adapters of two seeds."""
+
+    at: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5,)
+    spaces: tuple[Literal["factors", "delta"], ...] = ("factors", "delta")
+
+
+class Tasks(_Strict):
+    """A merge of one adapter of each task, equally weighted; ``options`` are arguments of `loraloom.merge`."""
+
+    method: str = "linear"
+    space: str | None = None
+    options: dict[str, Any] = {}
+
+
+class Merge(Tasks):
+    """A merge of adapters of one task and as many seeds as there are weights."""
+
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=2)]
+
+
+class Prune(_Strict):
+    """One way to prune, as `loraloom.prune` takes it."""
+
+    keep: str | None = None
+    modules: str | None = None
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    unit: Literal["entry", "rank", "layer", "module"] = "entry"
+    space: Literal["factors", "balanced", "delta"] = "factors"
+
+
+class Coalitions(_Strict):
+    """Layers switched off at random: each with the chance ``off``, in so many draws, of which the mean is told."""
+
+    off: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.25, 0.5)
+    draws: Count = 4
+
+
+class Measure(_Strict):
+    """What is measured beside each adapter alone, at the ``chosen`` learning rates or at ``all``."""
+
+    rates: Literal["chosen", "all"] = "chosen"
+    split: Literal["validation", "test"] = "test"
+    interpolate: Points | None = None
+    merge: tuple[Merge, ...] = ()
+    tasks: tuple[Tasks, ...] = ()
+    prune: tuple[Prune, ...] = ()
+    coalitions: Coalitions | None = None
+
+
+class Sweep(_Strict):
+    """A table of runs and measurements. The first arm is the one that the others are compared with.
+
+    Attributes:
+        recipe: of all runs; a path from the folder of the sweep's file.
+        arms: a name, and the keys that the arm sets in the recipe (``section.key: value``).
+        tasks: names or files that describe a data set; by default the recipe's own.
+        seeds: of every run.
+        rates: the learning rates; every arm has its own choice among them, by its mean accuracy on validation.
+        tuned_on: the seeds that choose; by default all. The others are trained at the chosen rate alone.
+        axes: further keys with their values; every combination is a table of its own.
+        limit: at most so many examples of validation and of test.
+        threads: of each process; by default the machine's share. The same bits need the same number.
+        measure: see there.
+    """
+
+    title: str = "Sweep"
+    recipe: Path
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    tasks: tuple[str, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    tuned_on: tuple[Seed, ...] = ()
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    limit: Count | None = None
+    threads: Count | None = None
+    measure: Measure = Measure()
+    _runs: dict[Any, Recipe] = PrivateAttr(default_factory=dict)  # made once, asked for often
+
+    @field_validator("rates", "seeds", "tasks", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return tuple(float(one) if isinstance(one, str) and _is_number(one) else one for one in value or ())
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for name in ("seeds", "rates", "tasks", "tuned_on"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} has a value twice: {list(values)}")
+        if stray := [seed for seed in self.tuned_on if seed not in self.seeds]:
+            raise ValueError(f"tuned_on has seed {stray[0]}, which is not one of seeds {list(self.seeds)}")
+        most = max([2 * bool(self.measure.interpolate), *(len(one.weights) for one in self.measure.merge)])
+        if most > len(self.seeds):
+            raise ValueError(f"measure needs {most} seeds for what it combines; there are {len(self.seeds)}")
+        if self.measure.tasks and len(self.tasks) < 2:
+            raise ValueError("measure.tasks merges the adapters of several tasks; tasks has fewer than two")
+        return self
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
