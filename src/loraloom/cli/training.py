@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from loraloom.cli.shell import AsJson, Many, Overwrite, command, result, table
+from loraloom.registry import edge
 
 What = StrEnum("What", ["methods", "schedules", "tasks", "models", "probes"])
 
@@ -28,7 +29,8 @@ def train(
     trained = ll.train(ll.read_recipe(recipe, set_ or []), resume=resume, overwrite=overwrite, progress=not as_json)
     losses = [entry[key] for key in ("train_loss", "loss") for entry in trained.log if key in entry]
     made = "model" if trained.adapter is None else "adapter"
-    result({made: str(trained.path), "seconds": round(trained.seconds, 2), "loss": round(losses[-1], 4)}, as_json)
+    if edge("processes").is_first():
+        result({made: str(trained.path), "seconds": round(trained.seconds, 2), "loss": round(losses[-1], 4)}, as_json)
 
 
 @command("evaluate")
