@@ -1,7 +1,7 @@
 """Sweeps: a table of training runs and of what is measured of their adapters, done by many processes, in one report.
 
-``loraloom sweep table.yaml -o runs/table`` does it; ``table.py`` says what a table is, ``operations.py`` what is done to
-adapters, ``plan.py`` what the jobs are, ``work.py`` how each is done once, ``results.py`` what the report shows.
+``loraloom sweep table.yaml -o runs/table`` does it; ``table.py`` says what a table is, ``operations.py`` what is done
+to adapters, ``plan.py`` what the jobs are, ``work.py`` how each is done once, ``results.py`` what the report shows.
 """
 
 from __future__ import annotations
