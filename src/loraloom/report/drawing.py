@@ -185,9 +185,11 @@ def _paint(sheet: Any, shape: Shape, fine: int) -> None:
     elif shape.kind == "area" and shape.alpha == 1:
         draw.polygon(points, shape.fill)
     elif shape.kind == "area":
-        mask = Image.new("L", sheet.size)
-        ImageDraw.Draw(mask).polygon(points, round(255 * shape.alpha))
-        sheet.paste(Image.new("RGB", sheet.size, shape.fill), mask=mask)
+        left, top = (max(0, math.floor(min(along))) for along in zip(*points, strict=True))
+        right, bottom = (math.ceil(max(along)) + 1 for along in zip(*points, strict=True))
+        mask = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in points], round(255 * shape.alpha))
+        sheet.paste(channels(shape.fill), (left, top, right, bottom), mask)
     else:
         _write(sheet, shape, points[0], fine)
 
@@ -206,7 +208,7 @@ def _write(sheet: Any, shape: Shape, at: Point, fine: int) -> None:
     mask = mask.rotate(90, expand=True)
     below = {"start": 0, "middle": wide // 2, "end": wide}[shape.anchor]
     corner = (round(at[0]) - high // 2, round(at[1]) - wide + below)
-    sheet.paste(Image.new("RGB", mask.size, channels(shape.fill)), corner, mask)
+    sheet.paste(channels(shape.fill), (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
 
 
 def _dashes(points: list[Point], pattern: list[float]) -> list[list[Point]]:

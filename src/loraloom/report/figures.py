@@ -288,7 +288,7 @@ def _heatmap(panel: Heatmap) -> Drawing:
     aside = 34.0 + max(width(text, TEXT) for text in scale_texts) + (22 if panel.z_label else 0)
     wide = (WIDE - left - aside - 16) / max(1, columns)
     below = _below(x_texts, wide) if columns <= 24 else 56.0
-    sheet = Drawing(WIDE, 24 + each * rows + below, PAPER, f"{panel.title}: {panel.y_label} by {panel.x_label}")
+    sheet = Drawing(WIDE, round(24 + each * rows + below), PAPER, f"{panel.title}: {panel.y_label} by {panel.x_label}")
     right, bottom = left + wide * columns, 16 + each * rows
     scale = LIGHT["diverging" if both else "scale"]
     few = columns <= 12 and columns * rows <= 150 and wide >= 34
