@@ -83,3 +83,62 @@ def test_sft_with_the_callback(tmp_path: Path) -> None:
     assert [entry["coto/probability"] for entry in logged] == [plan.probability(step) for step in range(4)]
     assert [entry["coto/active"] for entry in logged] == [sum(plan.active(step, tiny.UNITS)) for step in range(4)]
     assert all(gates.state()) and (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
+
+
+# PEFT, on leaving the adapter out for the reference: switched-off units come on. They do not: the draw is kept.
+@pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled and others:UserWarning")
+@pytest.mark.parametrize("fresh", [True, False])
+def test_dpo_with_the_callback(tmp_path: Path, fresh: bool) -> None:
+    """The policy sees the drawn units, in the backward pass too; the reference sees the base, or the first adapter."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    pairs = {"prompt": ["the cat"] * 8, "chosen": [" sat on the mat"] * 8, "rejected": [" sat by the door"] * 8}
+    given = tiny.model()
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = trl.DPOTrainer(
+        given.unload() if fresh else given,
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=True,
+            learning_rate=1e-2,
+            max_length=12,
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer(),
+        peft_config=lora if fresh else None,
+        callbacks=[CoToCallback(CoTo(None, seed=3))],
+    )
+    seen: dict[str, list[tuple[bool, ...]]] = {"policy": [], "reference": [], "backward": []}
+    layers = trainer.model.get_base_model().model.layers
+    watched = Gates(trainer.model)
+    before = tiny.weights(trainer.model)
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        seen["policy" if torch.is_grad_enabled() else "reference"].append(watched.state())
+
+    def note_again(module: nn.Module, inputs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass: computed again
+            seen["backward"].append(watched.state())
+
+    trainer.model.get_base_model().model.register_forward_pre_hook(note)
+    layers[-1].self_attn.q_proj.register_forward_pre_hook(note_again)
+    trainer.train()
+    plan = CoTo(4, seed=3)
+    drawn = [plan.active(at // 2, tiny.UNITS) for at in range(8)]
+    assert len({*drawn}) > 1
+    assert seen["policy"] == drawn
+    assert seen["backward"] == drawn
+    assert seen["reference"] == [(not fresh,) * 4] * 8
+    assert all(watched.state())
+    assert all(weight.requires_grad for name, weight in trainer.model.named_parameters() if ".default." in name)
+    after = tiny.weights(trainer.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)

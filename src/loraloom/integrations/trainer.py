@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -185,34 +186,44 @@ class _Run:
         self.gates.open()
         self.weights = self.gates.parameters()
         self.model = _inner(model)
-        self.hook: Any = None
-        self.step, self.drawn = 0, False
+        self.hooks: tuple[Any, ...] = ()
+        self.step = 0
         self.active: tuple[bool, ...] = ()
 
     def draw(self, step: int) -> None:
-        self.step, self.drawn = step, True
+        self.step = step
         self.plan.apply(self.gates, step)
         self.active = self.gates.state()
-        if self.hook is None:
-            self.hook = self.model.register_forward_pre_hook(self._before_forward)
+        if not self.hooks:
+            before = self.model.register_forward_pre_hook(self._before_forward)
+            self.hooks = (before, self.model.register_forward_hook(self._after_forward))
 
     def open(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = ()
         self.gates.open()
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         """Within a step: the draw is for passes that will be differentiated, all others see all adapters."""
         if torch.compiler.is_compiling():
             return
-        trains = module.training and torch.is_grad_enabled()
-        if trains != self.drawn:
-            self.drawn = trains
-            if trains:
-                self.plan.apply(self.gates, self.step)
-            else:
-                self.gates.open()
+        if module.training and torch.is_grad_enabled():
+            self._as_drawn()
+        elif any(self.gates.state()):  # else the adapter is switched off as a whole: a reference model, as in TRL's DPO
+            self.gates.open()
+
+    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """The backward pass sees the draw too, whatever ran in between: checkpoints are computed again there."""
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(lambda _: self._as_drawn())
+
+    def _as_drawn(self) -> None:
+        if self.gates.state() != self.active:
+            self.plan.apply(self.gates, self.step)
 
     def report(self, grads: bool) -> dict[str, float | Tensor]:
         """The numbers of the step drawn last. Norms stay on the device: the wait for them comes with the log."""
