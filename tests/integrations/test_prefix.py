@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import loraloom as ll
+import tiny_llava
 from loraloom.adapter import Adapter, Factors
 from loraloom.integrations.prefix import Family, Scores
 from loraloom.integrations.scoring import bench
@@ -79,6 +80,11 @@ def vision():
     return made, adapter_on(model, ("q_proj", "fc1"))
 
 
+def multimodal():
+    made = bench(tiny_llava.tiny_llava(), tiny_llava.task(), processor=tiny_llava.processor(), max_length=40)
+    return made, adapter_on(made.model, ("q_proj", "fc1", "down_proj"))
+
+
 def variants(adapter: Adapter, unit: str = "layer") -> list[Adapter | None]:
     """The adapter with every set of its units left out; that of all is the base."""
     found: list[Adapter | None] = []
@@ -133,6 +139,17 @@ def test_many_counts_and_answers_in_the_order_of_the_question():
     modules = variants(adapter, "projection")  # q_proj and fc1 of all layers: in the first block already all differs
     assert many(score, modules) == [made.evaluate(one).value for one in modules]
     assert score.work == (14 + 12, 24 + 12, 0)
+
+
+def test_two_towers_are_one_trunk():
+    made, adapter = multimodal()
+    towers = {name.rpartition(".layers.")[0] for name in adapter.modules}
+    asked, score = variants(adapter), Scores(made)
+    assert len(towers) == 2 and score.plan(asked).why == ""
+    assert many(score, asked) == [made.evaluate(one).value for one in asked]
+    assert score.ran == 31 and score.work == (31, 60, 0)
+    (shape,) = score._shapes.values()
+    assert shape.refused == {1}  # what the language model sees are the inputs of the last block of the vision tower
 
 
 def test_states_never_take_more_than_their_room_and_what_has_none_is_computed_again():
@@ -216,5 +233,8 @@ def test_the_plan_keeps_only_what_is_begun_with_again():
     keeps = [sorted(one) for one in shape.keeps(rows)]
     assert keeps == [[1, 2], [], [2], [], [1, 2], [], [2], []]
     assert Shape(parts, (0, 1, 2), (0, 1, 2), (0, 0, 0), "no").starts(rows) == [0] * 8
+    refused = Shape(parts, (0, 1, 2), (0, 1, 2), (0, 0, 0), "", frozenset({2}))
+    assert refused.starts(rows) == [0, 1, 1, 1, 0, 1, 1, 1]
+    assert [sorted(one) for one in refused.keeps(rows)][:2] == [[1], []]
     above = Shape(parts, (-1, 1, 3), (0, 1, 2), (0, 0, 0), "")  # below the blocks, in one, behind them
     assert above.starts([(False,) * 3, (True, False, False), (True, True, False), (True, True, True)]) == [0, 0, 1, 2]

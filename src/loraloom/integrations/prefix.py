@@ -5,14 +5,16 @@ that puts beginnings that are alike side by side, the blocks below the first cha
 they did for the variant before; what went into that block is kept instead, and the pass begins there. Blocks below hand
 their input on. All else of the model (embeddings, masks, positions) runs as ever, so no architecture is known here.
 
-Whether a model can do that is tried out on two examples before it is used: from every block on, the outputs must be
-those of the whole pass. Where they are not, every pass is whole, and :attr:`Plan.why` says why.
+Whether a model can do that is tried out on two examples before it is used: at every block, the outputs must be those of
+the whole pass. Where they are not, no pass begins there (LLaVA reads its picture tower before the last block); where
+they are at none, every pass is whole, and :attr:`Plan.why` says why.
 
 What is kept is bounded by ``memory``. A state that has no room is not kept: passes then begin lower, and stay exact.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ import torch
 from loraloom.adapter import Adapter, Factors
 from loraloom.contents import of_factors, of_settings
 from loraloom.integrations.gates import Gates
-from loraloom.integrations.peft import attached
 from loraloom.integrations.trunk import MEMORY, Shape, Trunk, tried
 from loraloom.probes.game import Work
 
@@ -109,10 +110,11 @@ class Scores:
             return
         switches = [shape.switches(adapters[at]) for at in order]
         self.bench.ready(self.split, self.limit)
-        with attached(self.bench.model, family.union) as live:
+        with self.bench.seat.attached(family.union) as live:
             gates, trunk = Gates(live, "module"), Trunk(live, shape, self.memory)
             starts, keeps = shape.starts(switches), shape.keeps(switches)
-            with trunk.running():
+            with trunk.running(), contextlib.ExitStack() as after:
+                after.callback(gates.open)
                 for at, start, keep, switch in zip(order, starts, keeps, switches, strict=True):
                     gates.set(shape.gates(switch, gates.units))
                     trunk.begin(start, keep)
@@ -127,7 +129,7 @@ class Scores:
             if self.bench.task.judge:
                 return "answers are written token by token"
             examples = self.bench.ready(self.split, self.limit)[:_TRIED]
-            with attached(self.bench.model, family.union) as live, torch.inference_mode():
+            with self.bench.seat.attached(family.union) as live, torch.inference_mode():
                 self._shapes[key] = tried(live, family.parts, partial(self.bench.choose, live, examples))
         return self._shapes[key]
 

@@ -1,7 +1,7 @@
 """The blocks of a model with an adapter on: in which order they run, and forward passes that begin at one of them.
 
 What ran before is not known here but for this: a block gets the hidden states and hands them on. Whether that is all is
-tried out, from every block on.
+tried out at every block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Shape:
         depths: index of the block in which each path runs, the highest below it where it is in none; -1 is none.
         order: the blocks, as indices of those that :func:`blocks_of` lists, in the order in which they run.
         forms: for each block the length of the tuple that it returns, 0 where it is the hidden states alone.
-        why: what keeps a pass from beginning above the bottom; empty where nothing does.
+        why: what keeps every pass from beginning above the bottom; empty where nothing does.
+        refused: the blocks at which a pass must not begin, as what is below them is also used elsewhere.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -42,6 +43,7 @@ class Shape:
     order: tuple[int, ...]
     forms: tuple[int, ...]
     why: str
+    refused: frozenset[int] = frozenset()
 
     @property
     def blocks(self) -> int:
@@ -64,7 +66,10 @@ class Shape:
     def _alike(self, one: Sequence[bool], other: Sequence[bool]) -> int:
         """How many blocks from the bottom compute the same."""
         changed = (depth for depth, a, b in zip(self.depths, one, other, strict=True) if a != b)
-        return min(max(next(changed, self.blocks), 0), max(self.blocks - 1, 0))
+        at = min(max(next(changed, self.blocks), 0), max(self.blocks - 1, 0))
+        while at in self.refused:
+            at -= 1
+        return at
 
     def keeps(self, rows: Sequence[Sequence[bool]]) -> list[frozenset[int]]:
         """For each pass the blocks whose input a later one begins with, before another pass changes it.
@@ -192,11 +197,16 @@ def tried(live: Any, parts: Mapping[str, tuple[str, ...]], run: Callable[[], Any
     depth = tuple(depths[path] for path in ordered)
     forms = tuple(seen.forms.get(at, 0) for at in seen.order)
     shape = Shape({path: parts[path] for path in ordered}, depth, tuple(seen.order), forms, seen.why)
-    return shape if shape.why else replace(shape, why=_check(live, shape, run))
+    if shape.why:
+        return shape
+    wrong = _wrong(live, shape, run)
+    all_wrong = len(wrong) == shape.blocks - 1 > 0
+    return replace(shape, refused=frozenset(wrong), why=wrong[shape.blocks - 1] if all_wrong else "")
 
 
-def _check(live: Any, shape: Shape, run: Callable[[], Any]) -> str:
-    """What a pass that begins higher gets wrong; empty where from every block on it is the same."""
+def _wrong(live: Any, shape: Shape, run: Callable[[], Any]) -> dict[int, str]:
+    """The blocks at which a pass cannot begin, and why: where the outputs are not those of the whole pass."""
+    found: dict[int, str] = {}
     outputs: list[list[Tensor]] = []
     hook = live.register_forward_hook(lambda module, arguments, output: outputs.append(_tensors(output)))
     trunk = Trunk(live, shape, memory=sys.maxsize)
@@ -209,12 +219,13 @@ def _check(live: Any, shape: Shape, run: Callable[[], Any]) -> str:
                 try:
                     run()
                 except _FAULTS as error:
-                    return f"a pass cannot begin at block {at}: {' '.join(str(error).split())}"
+                    found[at] = f"a pass cannot begin at block {at}: {' '.join(str(error).split())}"
+                    continue
                 if trunk.ran != shape.blocks - at or not _same(outputs[0], outputs[-1]):
-                    return f"a pass that begins at block {at} gives other outputs: blocks share more than hidden states"
+                    found[at] = f"a pass that begins at block {at} gives other outputs: blocks share more than states"
     finally:
         hook.remove()
-    return ""
+    return found
 
 
 class Seen:
@@ -278,10 +289,15 @@ def _hidden(arguments: tuple, named: Mapping[str, Any]) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
+    """What a bench reads of an output: the logits or the last hidden states; else all tensors.
+
+    Some outputs hold more, such as a picture's features, which are not made where a pass begins above them.
+    """
     if isinstance(output, Tensor):
         return [output]
-    held = output if isinstance(output, tuple) else (output if isinstance(output, Mapping) else vars(output)).values()
-    return [one for one in held if isinstance(one, Tensor)]
+    held = dict(enumerate(output)) if isinstance(output, tuple) else vars(output)
+    read = [held[name] for name in ("logits", "last_hidden_state") if name in held] or held.values()
+    return [one for one in read if isinstance(one, Tensor)]
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
