@@ -68,6 +68,11 @@ def _calibrated(
     kept, first_process = work / MASK, edge("processes").first
     if first_process(kept.is_file):
         return load_mask(kept)
+    if how.by == "training" and edge("processes").in_parts():
+        raise ValueError(
+            "lori.calibrate by training needs the whole base again afterwards, which FSDP and DeepSpeed leave in parts; "
+            "calibrate before (`loraloom calibrate`) and give lori.mask, or use lori.calibrate.by=gradients"
+        )
     exclude = tuple(map(protected, how.exclude))
     checkpoints = work / "calibration"
     with attached() as model:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import TrainerCallback
 
 import tiny_runs as tiny
-from loraloom.integrations.fit import FitOptions, fit
+from loraloom.integrations.fit import FitOptions, fit, share
 from loraloom.integrations.gates import Gates
 from loraloom.integrations.peft import from_model
+from loraloom.integrations.reduction import reduce_gradients
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.strategies.sparse import LoRI, calibrate
-from tiny_multimodal import image_batch, lively, tiny_llava
+from tiny_multimodal import IMAGE, image_batch, lively, tiny_llava
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
 STEPS = 6
@@ -50,7 +53,7 @@ def run(job: Callable[..., Any], world: int, *args: Any) -> list[int | None]:
     """A job in so many processes, each of which has the environment that a launcher gives it; their exit codes."""
     ranks = begun(job, world, *args)
     for process in ranks:
-        process.join(120)
+        process.join(300)
     return [process.exitcode for process in ranks]
 
 
@@ -98,6 +101,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.units = Gates(kwargs["model"]).parameters()
+        self.names = list(self.units)
         self.graded.append(tuple(all(w.grad is not None for w in some) for some in self.units.values()))
         none = [all(w.grad is None for w in some) for some in self.units.values()]
         assert none == [not some for some in self.graded[-1]]
@@ -126,12 +130,12 @@ def fitted(rank: int, folder: Path, what: str, how: str, stop: int | None = None
         scheduler="constant",
     )
     data, collate = (pictures(), stacked) if what == "moka" else (tiny.sentences(), tiny.collate)
-    plan = PLAN if what != "moka" or how == "ddp" else None
-    done = fit(model, data, collate=collate, options=options, plan=plan, callbacks=[watch])
+    done = fit(model, data, collate=collate, options=options, plan=PLAN, callbacks=[watch])
     held = from_model(model)
     weights = {f"{n}.{side}": getattr(f, side) for n, f in held.modules.items() for side in ("A", "B")}
     assert done.resumed_from == (0 if stop is None else stop)
-    torch.save({"weights": weights, "graded": watch.graded, "moved": watch.moved}, folder / f"rank{rank}.pt")
+    told = {"weights": weights, "graded": watch.graded, "moved": watch.moved, "units": watch.names}
+    torch.save(told, folder / f"rank{rank}.pt")
 
 
 def pretend_accelerators() -> None:
@@ -158,20 +162,12 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each model trained by one process."""
-    folders = {}
-    for what in MODELS:
-        folders[what] = tmp_path_factory.mktemp(what)
-        assert run(fitted, 1, folders[what], what, "ddp") == [0]
+    folders = {what: tmp_path_factory.mktemp(what) for what in MODELS}
+    assert [run(fitted, 1, folder, what, "ddp") for what, folder in folders.items()] == [[0]] * len(MODELS)
     return folders
 
 
-@pytest.fixture(scope="module")
-def alone_without_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("plain")
-
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("what", ["lora", "lori"])
+@pytest.mark.parametrize(("what", "how"), [(what, how) for what in MODELS for how in ("ddp", "fsdp")])
 def test_two_processes_are_one(tmp_path: Path, alone: dict[str, Path], what: str, how: str) -> None:
     assert run(fitted, 2, tmp_path, what, how) == [0, 0]
     first, second = results(tmp_path, 2)
@@ -179,19 +175,180 @@ def test_two_processes_are_one(tmp_path: Path, alone: dict[str, Path], what: str
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
     assert same(first["weights"], one["weights"])
     # gradients of switched-off adapters are absent; were they zero, AdamW would move and decay these
-    drawn = [PLAN_OF_ALL.active(step, tiny.UNITS) for step in range(STEPS)]
+    drawn = [replace(PLAN, total_steps=STEPS).active(step, one["units"]) for step in range(STEPS)]
     assert not all(map(all, drawn))
     for result in (first, second, one):
         assert result["graded"] == result["moved"] == drawn
-    for world in (1, 2):  # begun by two processes and ended by one, and the other way round
-        begun_by = alone[what] if world == 2 else tmp_path
-        if how == "fsdp" and world == 2:
-            continue  # begun by one process without FSDP: refused, see below
-        moved = tmp_path / f"on{world}"
-        shutil.copytree(begun_by / "run", moved / "run")
-        shutil.rmtree(moved / "run" / f"checkpoint-{STEPS}")
-        assert run(fitted, world, moved, what, how, 3) == [0] * world
-        assert same(results(moved, world)[0]["weights"], one["weights"])
 
 
-PLAN_OF_ALL = replace(PLAN, total_steps=STEPS)
+@pytest.mark.parametrize(("what", "how", "begun_by", "ended_by"), [("lora", "ddp", 1, 2), ("lori", "fsdp", 2, 1)])
+def test_a_run_goes_on_with_more_or_fewer_processes(
+    tmp_path: Path, alone: dict[str, Path], what: str, how: str, begun_by: int, ended_by: int
+) -> None:
+    wanted = results(alone[what], 1)[0]["weights"]
+    if begun_by == 1:
+        shutil.copytree(alone[what] / "run", tmp_path / "run")
+    else:
+        assert run(fitted, begun_by, tmp_path, what, how) == [0] * begun_by
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")
+    assert run(fitted, ended_by, tmp_path, what, how, 3) == [0] * ended_by
+    assert all(same(result["weights"], wanted) for result in results(tmp_path, ended_by))
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+    options = FitOptions(tmp_path, steps=4, batch_size=4, lr=1e-2, seed=0, save_every=2, resume=True)
+    fit(tiny.model(), tiny.sentences(), collate=tiny.collate, options=options)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    for name, then in (("pytorch_model_fsdp.bin", "FSDP"), ("global_step2/rank_0_optim_states.pt", "DeepSpeed")):
+        file = tmp_path / "checkpoint-2" / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        with pytest.raises(
+            ValueError, match=f"checkpoint-2 was written under {then}, this run is of DDP or one process"
+        ):
+            fit(tiny.model(), tiny.sentences(), collate=tiny.collate, options=options)
+        file.unlink()
+
+
+def test_the_examples_of_a_step_are_shared() -> None:
+    for processes, most, accumulate in [(1, 6, 4), (2, 4, 2), (4, 1, 8), (3, 2, 9), (8, 16, 1)]:
+        each, passes = share(most * accumulate, most, processes)
+        assert each * passes * processes == most * accumulate and each <= most
+    assert share(24, 6, 1) == (6, 4)
+    with pytest.raises(ValueError, match="= 6 examples a step cannot be split over 4 processes"):
+        share(6, 2, 4)
+
+
+# --- a gradient that only some processes have -------------------------------------------------------------------------
+def uneven(rank: int, folder: Path) -> None:
+    """The first parameter has a gradient in both, the second in the second process, the third nowhere."""
+    torch.distributed.init_process_group("gloo")
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    weights[0].grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    if rank == 1:
+        weights[1].grad = torch.tensor([4.0, 8.0])
+    reduce_gradients(weights)
+    assert weights[2].grad is None
+    torch.save([weight.grad for weight in weights[:2]], folder / f"rank{rank}.pt")
+
+
+def pictures_for_some(step: int, part: slice) -> dict[str, Tensor]:
+    """Four rows; in the first step the second process has no images, in the last nobody has."""
+    made = image_batch(rows=4, seed=step)
+    ids, images = made["input_ids"][part], made.pop("pixel_values")
+    bare = torch.zeros(4, dtype=torch.bool)
+    bare[1::2] = step == 0
+    bare[:] |= step == 2
+    ids = torch.where((ids == IMAGE) & bare[part][:, None], 7, ids)
+    mine = {"input_ids": ids, "labels": made["labels"][part], "attention_mask": made["attention_mask"][part]}
+    kept = images[part][~bare[part]]
+    return {**mine, "pixel_values": kept} if len(kept) else mine
+
+
+def descended(rank: int, folder: Path, world: int) -> None:
+    """MokA in a plain loop; with two processes under DDP as it is."""
+    inner = wrapped = moka()
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        wrapped = torch.nn.parallel.DistributedDataParallel(inner)
+    optimizer = torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], lr=0.3)
+    for step in range(3):
+        wrapped(**pictures_for_some(step, slice(rank, None, world))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = {name: p.detach() for name, p in inner.named_parameters() if p.requires_grad}
+    torch.save({"weights": held}, folder / f"rank{rank}.pt")
+
+
+def test_gradients_that_only_some_have(tmp_path: Path) -> None:
+    assert run(uneven, 2, tmp_path) == [0, 0]
+    for rank in (0, 1):
+        both, one = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert both.tolist() == [1.5, 3.0] and one.tolist() == [2.0, 4.0]
+
+
+def test_images_that_only_some_have(tmp_path: Path) -> None:
+    descended(0, tmp_path, 1)
+    (alone,) = results(tmp_path, 1)
+    assert run(descended, 2, tmp_path, 2) == [0, 0]
+    first, second = results(tmp_path, 2)
+    assert same(first["weights"], alone["weights"]) and same(second["weights"], first["weights"])
+    start = {name: p for name, p in moka().named_parameters() if p.requires_grad}
+    assert not any(torch.equal(alone["weights"][name], start[name]) for name in start)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+def commanded(rank: int, folder: Path, words: list[str], how: str = "ddp", fails: int | None = None) -> None:
+    """``loraloom`` as a launcher starts it in each process; the data of process ``fails`` go bad in batch three."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.argv = ["loraloom", *words]
+    if how == "fsdp":
+        pretend_accelerators()
+    if rank == fails:
+        from loraloom.integrations.scoring import Bench
+
+        seen, collate = [], Bench.collate
+
+        def bad(bench: Bench, examples: Any) -> Any:
+            seen.append(1)
+            if len(seen) == 3:
+                raise ValueError("a bad row")
+            return collate(bench, examples)
+
+        Bench.collate = bad
+    from loraloom.cli import main
+
+    main()
+
+
+def said(folder: Path, name: str) -> list[str]:
+    return [line for rank in (0, 1) for line in (folder / f"{name}{rank}").read_text().splitlines()]
+
+
+def test_the_command_line_writes_and_says_things_once(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    from loraloom.store import load
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content))
+    words = ["train", "recipe.yaml", "--set", "strategy.ramp=1.0"]
+    assert run(commanded, 1, tmp_path, [*words, "--set", "output=one"]) == [0]
+    assert run(commanded, 2, tmp_path, words) == [0, 0]
+    assert len(said(tmp_path, "out")) == 1 and said(tmp_path, "out")[0].startswith("adapter a")
+    assert run(commanded, 2, tmp_path, [*words, "--set", "output=parts"], "fsdp") == [0, 0]
+    wanted = load(tmp_path / "one")
+    for name in ("a", "parts"):
+        found = load(tmp_path / name)
+        assert all(torch.allclose(found.modules[n].B, wanted.modules[n].B, atol=1e-5) for n in wanted.modules)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "one", "parts"]
+
+    mask = ["--set", "lori.calibrate.density=0.5", "--set", "output=b"]
+    assert run(commanded, 2, tmp_path, [*words, *mask], "fsdp") == [2, 2]
+    (line,) = said(tmp_path, "err")
+    assert line.startswith("loraloom train: lori.calibrate by training needs the whole base again")
+    assert run(commanded, 2, tmp_path, words) == [2, 2]
+    assert said(tmp_path, "err") == ["loraloom train: output a exists; choose another or add --overwrite"]
+    assert run(commanded, 2, tmp_path, [*words, "--set", "train.batch_size=3", "--set", "output=b"]) == [2, 2]
+    (line,) = said(tmp_path, "err")
+    assert "3 examples a step cannot be split over 2 processes" in line and not (tmp_path / "b.training").exists()
+    assert run(commanded, 2, tmp_path, [*words, "--set", "output=c"], "ddp", 1) == [2, 2]
+    assert said(tmp_path, "err") == ["loraloom train: a bad row"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-cpu", "fsdp2", "zero2", "zero3"])
+def test_accelerate_reads_its_files(name: str) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
+    words = ["--config_file", str(file), "-m", "loraloom", "train", "recipe.yaml"]
+    asked = launch_command_parser().parse_args(words)
+    asked, *_ = _validate_launch_command(asked)
+    told = {"fsdp2": {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}}
+    assert asked.num_processes == 2 and asked.use_cpu is (name == "ddp-cpu")
+    assert (asked.use_fsdp, asked.use_deepspeed) == (name == "fsdp2", name.startswith("zero"))
+    if asked.use_deepspeed:
+        assert (asked.zero_stage, asked.gradient_accumulation_steps) == (int(name[-1]), "auto")
+    if asked.use_fsdp:
+        environment = prepare_multi_gpu_env(asked)
+        assert told["fsdp2"].items() <= environment.items()

@@ -179,6 +179,8 @@ def fit(
         callbacks=[callback for callback in extra if callback is not None],
     )
     _check_sharing(trainer, start)
+    if trainer.is_fsdp_enabled:
+        _name_blocks(trainer)
     trainer.remove_callback(PrinterCallback)
     if loss is not None:
         trainer.model_accepts_loss_kwargs = False  # the count of labels is for the loss, not for a backbone's forward
@@ -287,6 +289,18 @@ def _check_sharing(trainer: Trainer, start: Path | None) -> None:
             f"{start} holds the parts of {parts} DeepSpeed processes, these are {trainer.args.world_size}: "
             f"resume it with {parts}"
         )
+
+
+def _name_blocks(trainer: Trainer) -> None:
+    """The blocks that FSDP gathers one by one, where its configuration names none: of those that the model's class
+    names, Accelerate would insist on all, and families share their names.
+    """
+    model: Any = trainer.model
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in model.modules()}
+        named = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(there.intersection(named))
 
 
 def _arguments(options: FitOptions) -> TrainingArguments:

@@ -35,6 +35,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def in_parts() -> bool:
+    """Whether the launcher asks for models in parts (FSDP, DeepSpeed): after a training the base is not whole again."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
 def first(work: Callable[[], T]) -> T:
     """Let the first process do something for all; every process calls this, and waits.
 
