@@ -140,9 +140,7 @@ class FastLora(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        out = _off(self, x, args, kwargs)
-        if out is None:
-            out = _together(self, x, args, kwargs, _lora, fused.lora)
+        out = _quickly(self, x, args, kwargs, _lora, fused.lora)
         return LoraLinear.forward(self, x, *args, **kwargs) if out is None else out
 
 
@@ -153,26 +151,20 @@ class FastHira(HiraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        out = _off(self, x, args, kwargs)
-        if out is None:
-            out = _together(self, x, args, kwargs, _hira, fused.hira)
+        out = _quickly(self, x, args, kwargs, _hira, fused.hira)
         return HiraLinear.forward(self, x, *args, **kwargs) if out is None else out
 
 
 _FAST: dict[type, type] = {LoraLinear: FastLora, HiraLinear: FastHira}
 
 
-def _off(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The base layer alone, where the adapter is off: no cast, nothing else."""
-    off = layer._disable_adapters and not layer.merged_adapters and not args and not kwargs
-    return layer.base_layer(x) if off else None
-
-
-def _together(
+def _quickly(
     layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], describe: Callable, run: Callable
 ) -> Tensor | None:
     """What the fast path gives; None where PEFT's code is to run."""
-    if not (layer.training and torch.is_grad_enabled()) or layer._disable_adapters:
+    if layer._disable_adapters:  # the base layer alone: no cast, nothing else
+        return None if args or kwargs or layer.merged_adapters else layer.base_layer(x)
+    if not (layer.training and torch.is_grad_enabled()):
         return None
     alone = torch.compiler.is_compiling()
     own = "an argument beside the input" if args or kwargs else describe(layer, x)
@@ -202,7 +194,9 @@ def _open(layer: Any) -> bool:
 
 def _fits(told: tuple | str, lead: Adapted) -> bool:
     """Whether a layer can be computed with the one that leads."""
-    return not isinstance(told, str) and told[1] is None and told[0].a.dtype == lead.a.dtype
+    if isinstance(told, str) or told[1] is not None:
+        return False
+    return told[0].a.dtype is lead.a.dtype and told[0].a.shape[1] == lead.a.shape[1]
 
 
 def _with_dropout(layer: Any, x: Tensor, one: Adapted, dropout: nn.Dropout, dtype: torch.dtype | None) -> Tensor:
