@@ -66,6 +66,10 @@ class Child:
         line, _, self._rest = self._rest.partition(b"\n")
         return line.decode("utf-8", "replace")
 
+    def lives(self, seconds: float) -> bool:
+        """Whether it still runs after so many seconds (less, if it ends before); for work that tells nothing."""
+        return not select.select([self._pipe], [], [], seconds)[0]
+
     def end(self, kill: bool = False) -> int:
         """Wait for its end (or bring it about): the exit status, or minus the signal."""
         if self.status is None:

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_model(folder: Path) -> Path:
+    """A random Dinov2 of four layers in a folder."""
     from transformers import Dinov2Config, Dinov2Model
 
-    folder = tmp_path_factory.mktemp("model") / "tiny-vit"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Dinov2Model(
@@ -26,9 +25,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny-vit")
+
+
+@pytest.fixture(scope="session")
 def recipe_content(tiny_model: Path) -> dict:
+    return make_recipe(tiny_model)
+
+
+def make_recipe(model: Path) -> dict:
+    """A short run of it."""
     return {
-        "model": str(tiny_model),
+        "model": str(model),
         "task": "digits",
         "output": "a",
         "seed": 0,

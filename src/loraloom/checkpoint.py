@@ -16,7 +16,7 @@ from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.folders import UNFINISHED
 from loraloom.registry import edge
 from loraloom.safefile import SafeFile
-from loraloom.untrusted import read_json
+from loraloom.untrusted import read_json, word
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Models of Transformers whose linear layers of these names are of its class Conv1D: stored in x out.
@@ -95,7 +95,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if Path(name).name != name or (path.is_symlink() and not self._in_cache(path)):
             raise ValueError(f"{self.folder}: {name!r} is not a file of this folder")
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there, but {INDEX} names it")
+            raise FileNotFoundError(f"{self.folder}: {word(name)} is not there, but {INDEX} names it")
         return SafeFile(path)
 
     def _in_cache(self, path: Path) -> bool:

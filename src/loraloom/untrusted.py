@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def parse_yaml(text: str, where: object) -> Any:
         Traceback (most recent call last):
         ValueError: b.yaml: not YAML: could not determine a constructor for the tag ...
     """
+    depths = accumulate(1 if sign in "[{" else -1 for sign in re.findall(r"[\[\]{}]", text))
+    if max(depths, default=0) > DEPTH:  # the reader would take long to find that out
+        raise _too_deep(where)
     loader = None
     try:
         loader = yaml.SafeLoader(text)

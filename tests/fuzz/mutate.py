@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def damaged_value(root: Any, chance: random.Random) -> Any:
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         places = list(_places(root))
         if not places:
-            return chance.choice(NASTY)
+            return copy.deepcopy(chance.choice(NASTY))
         holder, key = chance.choice(places)
         how = chance.randrange(6)
         if how == 0:
@@ -69,7 +70,7 @@ def damaged_value(root: Any, chance: random.Random) -> Any:
         elif how == 3:
             holder[key] = deep(chance.choice([3, 150, 250]))
         else:
-            holder[key] = chance.choice(NASTY)
+            holder[key] = copy.deepcopy(chance.choice(NASTY))
     return root
 
 

@@ -23,6 +23,7 @@ from loraloom import recipe, report
 from loraloom.adapter import Adapter, Factors
 from loraloom.checkpoint import Checkpoint
 from loraloom.integrations.checkpoints import is_whole, seal
+from loraloom.integrations.scoring import trained_with
 from loraloom.masks import load_mask, save_mask, support
 from loraloom.measured import Statistics, load_statistics, save_statistics
 from loraloom.packages import Package, unpack
@@ -36,11 +37,13 @@ class Reader:
     Attributes:
         make: writes a whole example into an empty folder.
         read: reads it from there to the end.
+        further: what costs more, for one case in ten.
         command: the same on the command line, in that folder; empty if there is none.
     """
 
     make: Callable[[Path], object]
     read: Callable[[Path], object]
+    further: Callable[[Path], object] = lambda folder: None
     command: tuple[str, ...] = ()
 
 
@@ -73,16 +76,18 @@ def moka() -> Adapter:
 
 
 def whole_adapter(folder: Path) -> None:
-    """Everything that can be asked of an adapter's folder, and a copy."""
+    """Everything that can be asked of an adapter's folder."""
     held = load(folder / "a")
     ll.summary(held)
     ll.cosines([held, held])
     [held.extras[path] for path in held.extras]
     repr(held)
-    load(save(held, folder / "copy")).loaded()
-    from loraloom.integrations.scoring import trained_with
-
     trained_with(held)
+
+
+def copied_adapter(folder: Path) -> None:
+    """A copy of an adapter."""
+    load(save(load(folder / "a"), folder / "copy")).loaded()
 
 
 def whole_mask(folder: Path) -> None:
@@ -93,10 +98,13 @@ def whole_mask(folder: Path) -> None:
 
 
 def whole_report(folder: Path) -> None:
-    """A report, and its page."""
-    read = report.read([folder / "results.json"])
-    read.to_markdown()
-    page = read.to_html()
+    """A report."""
+    report.read([folder / "results.json"]).to_markdown()
+
+
+def report_page(folder: Path) -> None:
+    """A report's page."""
+    page = report.read([folder / "results.json"]).to_html()
     assert "<script>alert(1)" not in page, "text of a report became code of its page"
 
 
@@ -190,13 +198,15 @@ def yaml_file(name: str, content: Any) -> Callable[[Path], object]:
 
 TASK = {**RECIPE["task"], "image": "picture", "prompt": "{image} {content}", "max_new_tokens": 8}
 READERS: dict[str, Reader] = {
-    "lora": Reader(lambda folder: save(adapter(), folder / "a"), whole_adapter, ("inspect", "a")),
-    "dora": Reader(lambda folder: save(adapter(1, use_dora=True), folder / "a"), whole_adapter),
-    "moka": Reader(lambda folder: save(moka(), folder / "a"), whole_adapter, ("inspect", "a", "--json")),
+    "lora": Reader(lambda folder: save(adapter(), folder / "a"), whole_adapter, copied_adapter, ("inspect", "a")),
+    "dora": Reader(lambda folder: save(adapter(1, use_dora=True), folder / "a"), whole_adapter, copied_adapter),
+    "moka": Reader(
+        lambda folder: save(moka(), folder / "a"), whole_adapter, copied_adapter, ("inspect", "a", "--json")
+    ),
     "mask": Reader(
         lambda folder: save_mask(support(adapter()), folder / "mask.safetensors"),
         whole_mask,
-        ("calibrate", "../plain", "-o", "m.safetensors", "--exclude", "mask.safetensors"),
+        command=("calibrate", "../plain", "-o", "m.safetensors", "--exclude", "mask.safetensors"),
     ),
     "statistics": Reader(
         lambda folder: save_statistics(Statistics("gram", {"fc": torch.eye(2)}), folder / "s.safetensors"),
@@ -205,7 +215,7 @@ READERS: dict[str, Reader] = {
     "recipe": Reader(yaml_file("recipe.yaml", RECIPE), read_recipe),
     "lori": Reader(yaml_file("recipe.yaml", LORI), read_recipe),
     "task": Reader(yaml_file("task.yaml", TASK), lambda folder: recipe.read_task(str(folder / "task.yaml")).columns()),
-    "results": Reader(results, whole_report, ("report", "results.json", "-o", "page.html")),
+    "results": Reader(results, whole_report, report_page, ("report", "results.json", "-o", "page.html")),
     "base": Reader(sharded, whole_base),
     "seal": Reader(sealed, is_whole),
     "wheel": Reader(wheel, package_in),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeAlias
+
+from loraloom.untrusted import short
 
 JSON: TypeAlias = Any  # None, bool, int, float, str, list and dict of these
 Cell: TypeAlias = str | int | float | None
@@ -43,8 +46,8 @@ def plain(value: JSON, where: str) -> JSON:
 def _finite(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{where}: {value!r} is not a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{where} is {float(value)}; a report holds finite numbers only")
+    if not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
+        raise ValueError(f"{where} is {short(value)}; a report holds finite numbers only")
     return float(value)
 
 
