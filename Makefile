@@ -6,7 +6,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix docs clean
+.PHONY: demo test check fix docs clean quantised
 demo: $(READY)
 	$(BIN)/loraloom demo --out runs/demo --overwrite
 
@@ -25,6 +25,11 @@ fix: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+# Tests of quantised bases: their packages (170 MB) lie beside the environment, where other tests do not see them.
+quantised: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/quantised bitsandbytes torchao
+	PYTHONPATH=build/quantised $(BIN)/python -m pytest -q tests/integrations/test_quantised.py
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache

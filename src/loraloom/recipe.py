@@ -232,7 +232,7 @@ class Recipe(_Strict):
     task: Annotated[str | HubTask, BeforeValidator(task_of)]
     output: Path
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
     adapter: AdapterRecipe = AdapterRecipe()
     strategy: StrategyRecipe = PlainRecipe()
     train: TrainRecipe = TrainRecipe()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraloom.adapter import Adapter
+from loraloom.adapter import Adapter, UnsupportedKind
 from loraloom.integrations.modality import is_multimodal, targets_in_text
 from loraloom.integrations.peft import Snapshot, put_on
 from loraloom.strategies.modality import MokA
@@ -113,6 +113,11 @@ def _fresh(
     """A new adapter on the model."""
     from peft import HiraConfig, LoraConfig, get_peft_model
 
+    if kind == "hira" and getattr(model, "is_quantized", False):
+        raise UnsupportedKind(
+            "adapter.kind hira multiplies the base weights entry by entry, which quantised ones do not allow; "
+            "allowed are lora, rslora, dora, moka"
+        )
     targets = modules if isinstance(modules, str) else list(modules)
     if kind == "hira":
         config: Any = HiraConfig(r=rank, target_modules=targets, hira_dropout=dropout, **options)

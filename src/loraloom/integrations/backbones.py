@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import nn
 
 from loraloom.models import models, resolve
 
+QUANTISED = {"int8": "torchao", "nf4": "bitsandbytes"}  # types of weights beside torch's, and who makes them
 FAMILIES = ("causal", "multimodal", "encoder", "vision")
 
 
@@ -40,8 +42,15 @@ def load_backbone(
 ) -> Backbone:
     """Load a model by bundled name, local folder or hub id, or take a live one as it is.
 
+    Args:
+        model: name, folder, id or the model itself.
+        family: one of FAMILIES; by default told from the configuration.
+        processor: what turns inputs into tensors; by default loaded.
+        dtype: of weights that are loaded here: one of torch's, or of QUANTISED.
+
     Raises:
-        ValueError: the family is not known and cannot be told from the configuration, or the folder is no model.
+        ValueError: the family is not known and cannot be told from the configuration, or the folder is no model; or a
+            package that quantises is not installed.
         FileNotFoundError: a path without a folder.
     """
     if isinstance(model, nn.Module):
@@ -76,7 +85,37 @@ def _load(source: str, family: str, dtype: str) -> nn.Module:
     if family == "multimodal":
         loader = _multimodal_class(source)
     with without_bars():
-        return loader.from_pretrained(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        return loader.from_pretrained(source, **_held_as(dtype)).eval().requires_grad_(False)
+
+
+def _held_as(dtype: str) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a type of the weights; linear layers of a quantised one compute in float32.
+
+    Raises:
+        ValueError: the package that quantises is not installed.
+    """
+    if dtype not in QUANTISED:
+        return {"dtype": getattr(torch, dtype)}
+    package = QUANTISED[dtype]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"dtype {dtype} needs the package {package}: pip install 'loraloom[quantised]'")
+    from accelerate import PartialState
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    config: Any
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=dtype,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    device = PartialState(cpu=not torch.accelerator.is_available()).device  # each process has a base of its own
+    return {"dtype": torch.float32, "quantization_config": config, "device_map": {"": device}}
 
 
 def _processor(source: str, family: str) -> Any:

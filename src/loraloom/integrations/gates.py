@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
+from loraloom.integrations.adalora import heed_absence, mute, unmute
 from loraloom.strategies import Strategy
 from loraloom.strategies.units import base_path, group
 
@@ -64,6 +65,7 @@ class Gates:
         self._start = _start_that_changes_base(model)
         self._refuse_merged()
         _free_inputs(model)
+        heed_absence(model)
         self.modules = group(self._layers, unit)
         self.units = tuple(self.modules)
         self._found_dropout = {drop: drop.p for drop in self._dropouts()}
@@ -194,12 +196,14 @@ def _close(layer: Any) -> None:
     if not layer._disable_adapters:
         layer._disable_adapters = True
         _closed.add(layer)
+        mute(layer)
 
 
 def _open(layer: Any) -> None:
     if layer in _closed:
         layer._disable_adapters = False
         _closed.discard(layer)
+        unmute(layer)
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, list[Any]]:
