@@ -46,7 +46,7 @@ class Browser:
         line, self.buffer = self.buffer.split(b"\0", 1)
         return json.loads(line)
 
-    def call(self, method, timeout=60.0, **params):
+    def call(self, method, timeout=180.0, **params):
         """The result of one protocol method; events that arrive before it are kept."""
         self.last += 1
         request = {"id": self.last, "method": method, "params": params}
@@ -77,7 +77,7 @@ class Browser:
         self.scheme(dark)
         self.events.clear()
         self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             message = self._message(deadline)
             if "method" in message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from loraloom.adapter import Adapter
@@ -84,13 +84,17 @@ class Balance:
         return tuple(spread(units, row) for row in known)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields by name, tuples as lists."""
+        """All fields by name, tuples as lists, norms with six digits."""
         return {
-            name: [list(item) if isinstance(item, tuple) else item for item in value]
-            if isinstance(value, tuple)
-            else value
-            for name, value in asdict(self).items()
+            "steps": list(self.steps),
+            "modules": list(self.modules),
+            **{what: [[_six(x) for x in row] for row in getattr(self, what)] for what in WHAT},
+            "since": self.since,
         }
+
+
+def _six(x: float | None) -> float | None:
+    return None if x is None else float(f"{x:.6g}")
 
 
 def _joined(norms: Sequence[float | None], skip: bool) -> float | None:

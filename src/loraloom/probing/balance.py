@@ -195,8 +195,9 @@ def _layers_by_step(name: str, held: Group) -> Heatmap | None:
     z = tuple(tuple(row[at] for _, row in kept) for at in range(len(units)))
     note = f"Mean of {len(same)} runs. " if len(same) > 1 else ""
     note += (
-        f"Each column adds up to 1; {1 / len(units):.3f} everywhere would be even. The top row is the highest layer."
+        f"Each column adds up to 1; {1 / len(units):.3f} everywhere would be even. The top row is the highest layer; "
     )
+    note += "each map has colours of its own."
     steps = tuple(step for step, _ in kept)
     title = f"Share of each layer in the update over training, {name}"
     return Heatmap(title, "optimizer step", "layer", steps, _short(units)[::-1], z[::-1], note, z_label="share")
@@ -219,7 +220,8 @@ def _layers_by_projection(name: str, held: Group) -> Heatmap | None:
         (layer(module), role(module)): _mean(one.update[-1][at] for one in same) for at, module in enumerate(modules)
     }
     z = tuple(tuple(cells.get((one, other)) for other in roles) for one in layers)
-    note = f"Frobenius norms of the updates after the last step{', means over runs' if len(same) > 1 else ''}."
+    runs = ", means over runs" if len(same) > 1 else ""
+    note = f"Frobenius norms of the updates after the last step{runs}. Each map has colours of its own."
     title = f"Norm of the update by layer and projection, {name}"
     return Heatmap(title, "projection", "layer", roles, _short(layers)[::-1], z[::-1], note, z_label="norm")
 
