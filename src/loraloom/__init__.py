@@ -169,6 +169,8 @@ __all__ = [  # noqa: RUF022 - by subject, as the documentation has it
 
 
 def __getattr__(name: str) -> Any:
+    if name == "lightning":  # a module, since it needs a package that is optional
+        return importlib.import_module("loraloom.integrations.lightning")
     if name not in _HOME:
         raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
     module, _, attribute = _HOME[name].partition(":")
