@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -167,6 +168,16 @@ def test_scores_are_remembered_over_several_questions(made, adapter, tmp_path, m
         assert again(adapter) == first[0] and count == [2]
 
 
+def test_the_page_says_what_sharing_saved_and_why_it_did_not(made, adapter):
+    row = {row[0]: row[1:] for row in shapley_report({"a": adapter}, made).panels[1].rows}["block passes"]
+    assert row == (30, "blocks of the model to run over all examples; 2.1 times as many without what is shared")
+    other = replace(adapter, modules={name: one.scaled(0.5) for name, one in adapter.modules.items()})
+    page = shapley_report({"a": adapter, "b": other}, made)
+    row = {row[0]: row[1:] for row in page.panels[1].rows}["block passes"]
+    assert row[0] is None and "runs all blocks of the model: the adapters differ in" in row[1]
+    assert page.records[0]["passes"] is None
+
+
 def test_the_journal_refuses_what_it_cannot_trust(tmp_path):
     path = tmp_path / "s.json.part"
     one = Journal(path, REQUEST)
@@ -175,7 +186,7 @@ def test_the_journal_refuses_what_it_cannot_trust(tmp_path):
         Journal(path, REQUEST)
     one.close()
     whole = path.read_bytes()
-    for cut in range(len(whole) + 1):  # whenever the machine stops
+    for cut in [*range(0, len(whole), 13), len(whole) - 1, len(whole)]:  # whenever the machine stops
         path.write_bytes(whole[:cut])
         held = Journal(path, REQUEST)
         held.close()

@@ -65,12 +65,14 @@ class Scores:
 
     Attributes:
         work: blocks to run for all that was asked for, as planned.
+        why: what kept passes of the last :meth:`many` from beginning higher, as in :class:`Plan`.
         ran: blocks that did run for adapters that were asked for together, means over batches.
     """
 
     def __init__(self, bench: Any, split: str = "test", limit: int | None = None, *, memory: int = MEMORY) -> None:
         self.bench, self.split, self.limit, self.memory = bench, split, limit, memory
         self.work = Work()
+        self.why = ""
         self.ran = 0.0
         self._shapes: dict[Any, Shape | str] = {}
 
@@ -85,7 +87,7 @@ class Scores:
     def many(self, adapters: Sequence[Adapter | None]) -> list[float]:
         """The scores of several, in the order given."""
         plan = self.plan(adapters)
-        self.work = plan.added_to(self.work, len(adapters))
+        self.work, self.why = plan.added_to(self.work, len(adapters)), plan.why
         found = dict(self.stream(adapters, plan.order))
         return [found[at] for at in range(len(adapters))]
 

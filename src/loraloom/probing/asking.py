@@ -29,14 +29,14 @@ class Asked:
     """A score for probes, made by :func:`asked`.
 
     Attributes:
-        work: as of :class:`loraloom.integrations.prefix.Scores`.
+        work, why: as of :class:`loraloom.integrations.prefix.Scores`.
     """
 
     def __init__(self, adapter: Adapter, task: Any, split: str, limit: int | None, **bench: Any) -> None:
         self._of = (adapter, task)
         self._options = bench
         self.split, self.limit = split, limit
-        self.work = Work()
+        self.work, self.why = Work(), ""
         self._known: dict[str, float] = {}
         self._noted: tuple[Kept | None, str] = (None, "")
 
@@ -64,13 +64,13 @@ class Asked:
         held = _kept.get()
         if held is None:
             found: list[float] = self.scores.many(adapters)
-            self.work = self.scores.work
+            self.work, self.why = self.scores.work, self.scores.why
             return found
         keys = [of_adapter(adapter) for adapter in adapters]
         new = {key: adapter for key, adapter in zip(keys, adapters, strict=True) if key not in self._known}
         if new:
             plan = self.scores.plan(list(new.values()))
-            self.work = plan.added_to(self.work, len(new))
+            self.work, self.why = plan.added_to(self.work, len(new)), plan.why
             self._known |= held.scores(self._name(held), new, plan.order, self.scores.stream)
         return [self._known[key] for key in keys]
 

@@ -31,13 +31,15 @@ def apart(names: Sequence[str]) -> list[str]:
     return list(names) if len(set(names)) == len(names) else [f"{at + 1}: {name}" for at, name in enumerate(names)]
 
 
-def passes_row(run: int | None, saved: int | None) -> list[tuple[str, int, str]]:
-    """The row of a table that tells how many blocks of the model ran; none where that is not known.
+def passes_row(run: int | None, saved: int | None, why: str = "") -> list[tuple[str, int | None, str]]:
+    """The row of a table that tells how many blocks of the model ran, or why none was saved; none where unknown.
 
     Example:
         >>> passes_row(20, 80)
         [('block passes', 20, 'blocks of the model to run over all examples; 5.0 times as many without what is shared')]
     """
+    if why:
+        return [("block passes", run, f"every pass runs all blocks of the model: {why}")]
     if not run or saved is None:
         return []
     times = f"{(run + saved) / run:.1f} times as many without what is shared"

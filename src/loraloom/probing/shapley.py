@@ -41,14 +41,17 @@ def shapley_report(
     score = asked(next(iter(adapters.values())), task, model, split, limit)
     if len(adapters) == 1:
         ((name, adapter),) = adapters.items()
-        return shapley_report_of(shapley(adapter, score, **options), name, score.task)
-    return shapley_report_of(
-        shapley(adapters, score, **{"unit": "adapter", **options}), ", ".join(adapters), score.task
-    )
+        found = shapley(adapter, score, **options)
+    else:
+        name, found = ", ".join(adapters), shapley(adapters, score, **{"unit": "adapter", **options})
+    return shapley_report_of(found, name, score.task, score.why)
 
 
-def shapley_report_of(found: Shapley, name: str, task: str) -> Report:
+def shapley_report_of(found: Shapley, name: str, task: str, why: str = "") -> Report:
     """The result as a page: the values, and whether they add up.
+
+    Args:
+        why: what kept passes of the model from sharing their beginnings.
 
     Example:
         >>> units = ("layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v")
@@ -64,7 +67,7 @@ def shapley_report_of(found: Shapley, name: str, task: str) -> Report:
         ("top third", share, f"share of the sum that the {third} highest of {len(found.units)} have"),
         ("gap", found.gap, "sum of the values less the gain"),
         ("evaluations", found.evaluations, f"{found.saved} more were known; {found.samples} draws"),
-        *passes_row(found.passes, found.passes_saved),
+        *passes_row(found.passes, found.passes_saved, why),
     ]
     told = f"{found.by} values of {len(found.units)} units ({found.unit}) for a gain of {gain:+.3f} on {task}"
     if share is not None:

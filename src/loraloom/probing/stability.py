@@ -36,11 +36,15 @@ def stability_report(
         ValueError: no model is named, or as :func:`loraloom.stability`.
     """
     score = asked(adapter, task, model, split, limit)
-    return stability_report_of(stability(adapter, score, **options), name, score.task)
+    found = stability(adapter, score, **options)
+    return stability_report_of(found, name, score.task, score.why)
 
 
-def stability_report_of(found: Stability, name: str, task: str) -> Report:
+def stability_report_of(found: Stability, name: str, task: str, why: str = "") -> Report:
     """The result as a page: the curve with its interval, those of pruning, and how much of the gain stays.
+
+    Args:
+        why: what kept passes of the model from sharing their beginnings.
 
     Example:
         >>> ends = ((0.8,), (0.7,), (0.9,), ((0.75, 0.85),), "layer", 4, 1.0, 0.6, None, None, 6, 0)
@@ -59,7 +63,7 @@ def stability_report_of(found: Stability, name: str, task: str) -> Report:
         ("all off", found.base, "the base"),
         *((f"kept at {p:g}", (y - found.base) / gain, "share of the gain") for p, y in _steps(found) if gain > 0),
         ("evaluations", found.evaluations, f"{found.saved} more were known"),
-        *passes_row(found.passes, found.passes_saved),
+        *passes_row(found.passes, found.passes_saved, why),
     ]
     p, y = found.at[-1], found.mean[-1]
     return Report(
