@@ -150,6 +150,17 @@ def test_opposite_and_orthogonal_updates():
     assert apart.sign_conflict[0][1] is None  # no entry that both have
 
 
+def test_interference_is_above_1_where_spaces_are_shared_but_vectors_turned():
+    """Two updates of equal singular values in one plane, turned by 45 degrees: each vector meets two of the other's."""
+    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).double() / math.sqrt(2)
+    values = torch.diag(torch.tensor([2.0, 1.0])).double()
+    a = Factors(B=torch.eye(3, 2).double(), A=values @ torch.eye(2, 3).double())
+    b = Factors(B=torch.eye(3, 2).double() @ turn, A=values @ turn.T @ torch.eye(2, 3).double())
+    found = ll.interference(one_module(a, b))
+    assert found.tsv[0][1] > 1.05
+    assert found.grassmann.columns[0][1] == pytest.approx(0, abs=1e-6)
+
+
 def test_ranks_that_differ_and_factors_of_less_rank():
     """The angles are those of the smaller space; columns of B that A does not reach do not count."""
     wide = random_factors(5, 9, 8, 4)

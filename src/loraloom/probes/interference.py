@@ -44,7 +44,8 @@ class Interference:
         grassmann: root of the sum of squared angles. Where ranks differ it is that of the smaller space to the nearest
             part of the larger one (Ye and Lim 2016, arXiv 1407.0900), so 0 where one contains the other.
         tsv: interference of each pair's singular vectors, over the sum of both sums of singular values: 0 where the
-            vectors are orthogonal on either side, 1 for the same update twice.
+            vectors are orthogonal on either side, 1 for the same update twice, more where two updates share their
+            spaces but not their vectors.
         tsv_all: that of all k together, as the paper has it, not divided by anything; over all modules their sum.
         core: share of the row's energy in the core of the column's: ``|P dW Q|^2 / |dW|^2``.
         core_rest: share of each update's energy in the joint core of all others.

@@ -22,7 +22,7 @@ from loraloom.report import Heatmap, Report, Table
 from loraloom.strategies.units import group
 
 _MEANING = {
-    "interference": "of the singular vectors: 0 orthogonal, 1 the same update twice",
+    "interference": "of the singular vectors: 0 orthogonal, 1 the same update twice, more in one space but turned",
     "cosine": "1 the same direction, 0 none in common, -1 opposite",
     "distance": "norm of the difference of the updates",
     "column angle": "degrees, root mean square of the principal angles of the column spaces; 90 is orthogonal",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def plane_report_of(found: Plane, names: Sequence[str], task: str) -> Report:
         >>> plane_report_of(found, ["x", "y", "z"], "digits").summary
         'On digits x scores 0.900, y 0.800, z 0.900 and their mean 0.500; the best place of the map scores 0.900.'
         >>> plane_report_of(found, ["x", "y", "z"], "digits").panels[0].y
-        ('2 (z)', '0 (x, y)')
+        ('2.0 (z)', '0.0 (x, y)')
     """
     names = apart(names)
     across, up = zip(*found.places, strict=True)
@@ -83,6 +84,6 @@ def _marked(axis: Sequence[float], at: Sequence[float], names: Sequence[str]) ->
     near: dict[int, list[str]] = {}
     for place, name in zip(at, names, strict=True):
         near.setdefault(min(range(len(axis)), key=lambda i: abs(axis[i] - place)), []).append(name)
-    digits = next(d for d in range(18) if len({f"{x:.{d}f}" for x in axis}) == len(axis))
+    digits = max(0, 1 - math.floor(math.log10(axis[1] - axis[0])))  # two digits of a step
     told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in axis]
     return tuple(f"{text} ({', '.join(near[i])})" if i in near else text for i, text in enumerate(told))
