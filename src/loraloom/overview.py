@@ -12,7 +12,7 @@ from loraloom.strategies.units import group
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
-    """Kind, base, sizes and the Frobenius norm of the update, in all and by layer.
+    """Kind, base, sizes and the Frobenius norm of the update, in all and by layer; which modules' updates are zero.
 
     For HiRA the norm is that of B A, for DoRA that of the update before the magnitudes, for MokA that of every
     modality's B A, whatever it then finds in the text.
@@ -44,6 +44,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "extras": len(adapter.extras),
         "norm": math.sqrt(max(sum(squares.values()), 0.0)),
         "layers": layers,
+        "zero": [name for name, square in squares.items() if square == 0],
     }
 
 
