@@ -87,9 +87,10 @@ def test_rows_of_benchmarks_are_tables(name):
 def test_what_was_run_is_told(tmp_path):
     save(adapter(3), tmp_path / "a")
     (tmp_path / "b").mkdir()
+    save(adapter(4), tmp_path / "c")
     report = ran(read([tmp_path / "a"]), "loraloom probe x", [tmp_path / "a", tmp_path / "b"])
-    assert report.run["adapters made by"] == {
-        "a": {"operation": "train", "seed": 3, "arguments": adapter(3).provenance["arguments"]}
-    }
+    assert report.run["adapters"] == {"a": {"operation": "train", "seed": 3, "model": "m"}}
+    both = ran(report, "loraloom probe x", [tmp_path / "a", tmp_path / "c"]).run["adapters"]
+    assert both == {"all": {"operation": "train", "model": "m"}, "a": {"seed": 3}, "c": {"seed": 4}}
     assert report.run["versions"]["torch"] == torch.__version__
     assert report.panels[0].command.startswith("loraloom train")  # its own stays

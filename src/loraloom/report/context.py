@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from loraloom.report.document import Report
+from loraloom.report.grid import flat
 from loraloom.report.panels import JSON
 from loraloom.store import RECORD
 from loraloom.untrusted import read_json
@@ -37,8 +38,23 @@ def ran(report: Report, command: str, sources: Iterable[Path] = ()) -> Report:
     made = {
         (path.name if names.count(path.name) == 1 else str(path)): told for path in sources if (told := _origin(path))
     }
-    about = {"command": command, **({"adapters made by": made} if made else {})}
+    about = {"command": command, **({"adapters": _compared(made)} if made else {})}
     return replace(report, panels=panels, run={**report.run, **about, "versions": versions(), "machine": machine()})
+
+
+def _compared(made: Mapping[str, Mapping[str, JSON]]) -> dict[str, JSON]:
+    """What all have in common once, under ``all`` where they are several, and of each what it has of its own.
+
+    Example:
+        >>> _compared({"a": {"seed": 0, "model": "m"}, "b": {"seed": 1, "model": "m"}})
+        {'all': {'model': 'm'}, 'a': {'seed': 0}, 'b': {'seed': 1}}
+    """
+    if len(made) == 1:
+        return {name: dict(told) for name, told in made.items()}
+    first = next(iter(made.values()))
+    same = {key: value for key, value in first.items() if all(told.get(key) == value for told in made.values())}
+    own = {name: {key: value for key, value in told.items() if key not in same} for name, told in made.items()}
+    return {"all": same, **own} if same else own
 
 
 def versions() -> dict[str, JSON]:
@@ -63,9 +79,11 @@ def machine() -> dict[str, JSON]:
 
 
 def _origin(path: Path) -> dict[str, JSON]:
-    """Operation, arguments and seed of an adapter folder; nothing where it tells none."""
+    """Operation, seed and arguments of an adapter folder by dotted keys; nothing where it tells none."""
     file = path / RECORD
     told = read_json(file) if file.is_file() else None
     if not isinstance(told, dict):
         return {}
-    return {key: told[key] for key in ("operation", "seed", "arguments") if told.get(key) is not None}
+    arguments = told.get("arguments") if isinstance(told.get("arguments"), dict) else {}
+    held = {**{key: told.get(key) for key in ("operation", "seed")}, **arguments}
+    return {key: value for key, value in flat(held) if value not in (None, "")}
