@@ -6,7 +6,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix docs clean quantised
+.PHONY: demo test check fix docs peers clean quantised
 demo: $(READY)
 	$(BIN)/loraloom demo --out runs/demo --overwrite
 
@@ -31,8 +31,14 @@ quantised: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/quantised bitsandbytes torchao
 	PYTHONPATH=build/quantised $(BIN)/python -m pytest -q tests/integrations/test_quantised.py
 
+# lm-evaluation-harness wants an older python-dateutil than the rest: an environment of its own, seldom needed.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]' pytest
+	cd peers && ../.venv-peers/bin/python -m pytest -q -c /dev/null -p no:cacheprovider .
+
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers runs build dist .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -93,6 +93,8 @@ FRAMEWORKS = {
     "lightning": {"loraloom.integrations": "anywhere"},
     "pytorch_lightning": {"loraloom.integrations": "anywhere"},
     "trl": {"loraloom.integrations": "anywhere"},
+    "lm_eval": {"loraloom.integrations": "functions"},
+    "diffusers": {"loraloom.integrations": "functions"},
     "transformers": {"loraloom.integrations": "anywhere", "loraloom.models": "functions"},
 }
 HEAVY = ("transformers", "peft", "plotly", "datasets", "sklearn", "accelerate")

@@ -207,7 +207,7 @@ def read_task(text: str) -> Any:
         ValueError: the file describes no data set.
     """
     path = Path(text)
-    if path.suffix not in (".yaml", ".yml"):
+    if text.startswith("lm_eval:") or path.suffix not in (".yaml", ".yml"):
         return text
     if not path.is_file():
         raise FileNotFoundError(f"task {path}: no such file")

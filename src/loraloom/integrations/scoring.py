@@ -24,7 +24,7 @@ from loraloom.integrations.likelihood import Continuation
 from loraloom.integrations.prefix import Scores
 from loraloom.integrations.seat import Seat
 from loraloom.models import models
-from loraloom.registry import UnknownName
+from loraloom.registry import UnknownName, edge
 from loraloom.tasks import Example, Task, load_task
 from loraloom.tasks.hub import HubTask
 from loraloom.tasks.metrics import Estimate, accuracy
@@ -351,6 +351,7 @@ def evaluate(
     """Accuracy of an adapter (None: of the base, then ``model`` is needed) on a task, with its 95 % interval.
 
     Model, image size and text length are by default those that the adapter was trained with, as its folder tells.
+    ``lm_eval:NAME`` is a task of lm-evaluation-harness (``integrations.lm_eval``), which decides its split.
 
     Raises:
         ValueError: neither the adapter nor the caller names a model.
@@ -362,6 +363,8 @@ def evaluate(
     name = model or (adapter.base if adapter is not None else "")
     if not name:
         raise ValueError("no base model is named; say which with --model")
+    if isinstance(task, str) and task.startswith("lm_eval:"):
+        return edge("lm_eval").evaluate(adapter, task, model=name, limit=limit, max_length=max_length)
     data = trained_with(adapter)
     made = bench(
         name,
