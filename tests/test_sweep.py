@@ -35,7 +35,7 @@ TABLE = {
     "limit": 20,
     "threads": 1,
     "measure": {
-        "interpolate": {"at": [0.0, 0.5]},
+        "interpolate": {"at": [0.0, 0.5], "spaces": ["factors"]},
         "merge": [{"weights": [1, 2], "space": "delta"}],
         "prune": [{"keep": "every-other"}, {"density": 0.5}],
         "coalitions": {"off": [0.5], "draws": 2},
@@ -69,9 +69,9 @@ def results(folder: Path) -> dict:
 
 def test_every_job_is_done_once_and_counted(done) -> None:
     _, folder, said = done
-    # 1 frozen, 2 arms x 2 rates on seed 0, seed 1 at the chosen rates, then 2 arms x (2 spaces x 2 points, a merge, 2
+    # 1 frozen, 2 arms x 2 rates on seed 0, seed 1 at the chosen rates, then 2 arms x (2 points, a merge, 2
     # prunings, 2 coalitions), on each seed or pair; half way the two pairs are one.
-    jobs = 1 + 4 + 2 + 2 * (2 * (2 + 1) + 2 + 2 * 2 + 2 * 2)
+    jobs = 1 + 4 + 2 + 2 * (2 + 1 + 2 + 2 * 2 + 2 * 2)
     assert len(list((folder / "journal").iterdir())) == jobs
     assert (
         said[0].startswith(f"[1/{jobs}] ")
@@ -81,6 +81,7 @@ def test_every_job_is_done_once_and_counted(done) -> None:
     )
     assert len(list((folder / "adapters").iterdir())) == 6
     assert results(folder)["run"]["jobs"] == jobs
+    assert report.read([folder]).title == "Tiny"
 
 
 def test_an_adapter_is_the_recipe_s_and_its_score_the_bench_s(done) -> None:
@@ -219,7 +220,7 @@ def test_a_changed_sweep_shares_what_is_the_same(table: Path) -> None:
     made = sweep.read(table)
     more = made.model_copy(update={"seeds": (0, 1, 2), "rates": (0.01, 0.03, 0.1)})
     keys = [{job.key for part in phases(one, lambda cell: 0.01) for job in part} for one in (made, more)]
-    assert len(keys[0] - keys[1]) == 6  # of two arms, those that take seeds 1 and 0: seed 1 goes with seed 2 now
+    assert len(keys[0] - keys[1]) == 4  # of two arms, those that take seeds 1 and 0: seed 1 goes with seed 2 now
     limited = made.model_copy(update={"limit": 10})
     assert not keys[0] & {job.key for part in phases(limited, lambda cell: 0.01) for job in part}
 
@@ -294,7 +295,7 @@ def test_an_axis_is_a_key_of_the_recipe(tmp_path: Path, recipe_content: dict) ->
 def test_groups_are_consecutive_seeds(table: Path) -> None:
     made = sweep.read(table).model_copy(update={"seeds": (0, 1, 2)})
     by = {operation.name: groups(made, operation) for operation in operations(made)}
-    assert by["half way, delta"] == [(0, 1), (1, 2), (2, 0)]
+    assert by["half way, factors"] == [(0, 1), (1, 2), (2, 0)]
     assert by["kept: every-other"] == [(0,), (1,), (2,)]
 
 
@@ -319,6 +320,7 @@ WRONG = {
     "too few seeds": ({"seeds": [0], "tuned_on": [0]}, "measure needs 2 seeds"),
     "a tuning seed that is none": ({"tuned_on": [7]}, "tuned_on has seed 7"),
     "one task": ({"measure": {"tasks": [{}]}}, "fewer than two"),
+    "an unknown task": ({"tasks": ["digitz"]}, "'digitz' is not known (did you mean 'digits'?)"),
     "a rate of 0": ({"rates": [0]}, "rates.0"),
     "no arms": ({"arms": {}}, "arms"),
     "a density of 0": ({"measure": {"prune": [{"density": 0}]}}, "measure.prune.0.density"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import yaml
 
@@ -24,10 +22,7 @@ def test_a_table_becomes_a_page(loraloom, world, table):
         2,
         "loraloom sweep: swept exists; go on with --resume, or choose another folder\n",
     )
-    page = loraloom("report", "swept", "-o", "swept.html")
-    assert page.returncode == 0 and (world / "swept.html").stat().st_size > 10_000
-    adapter = next((world / "swept" / "adapters").iterdir())
-    assert json.loads(loraloom("inspect", str(adapter), "--json").stdout)[0]["kind"] == "lora"
+    assert (world / "swept" / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

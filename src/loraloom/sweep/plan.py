@@ -21,6 +21,7 @@ from loraloom.recipe import Recipe, explain, read_task
 from loraloom.recipe import read as read_recipe
 from loraloom.sweep.operations import ALONE, BASE, Operation, groups, operations, tried
 from loraloom.sweep.table import Sweep
+from loraloom.tasks import tasks
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,32 @@ def read(path: str | Path) -> Sweep:
         if not isinstance(own, str):
             raise ValueError(f"sweep {path}: tasks is missing; the recipe's own has no name")
         found = found.model_copy(update={"tasks": (own,)})
-    for cell in cells(found):
-        try:
-            run_of(found, cell, found.seeds[0])
-        except ValueError as error:
-            raise ValueError(f"sweep {path}, arm {cell.arm}: {error}") from None
+    _check(found, path)
+    return found
+
+
+def _check(found: Sweep, path: Path) -> None:
+    """Refuse what would be refused in the middle of the work.
+
+    Raises:
+        ValueError: a recipe, a task or an operation is wrong; the message says of which arm.
+    """
     kinds: dict[str, str] = {}  # with the first arm of each
     for cell in cells(found):
-        kinds.setdefault(run_of(found, cell, found.seeds[0]).adapter.kind, cell.arm)
+        if (cell.task, cell.rate) != (found.tasks[0], found.rates[0]):
+            continue  # the same but for a name and a positive number
+        try:
+            kinds.setdefault(run_of(found, cell, found.seeds[0]).adapter.kind, cell.arm)
+        except ValueError as error:
+            raise ValueError(f"sweep {path}, arm {cell.arm}: {error}") from None
+    for task in map(read_task, found.tasks):
+        if isinstance(task, str) and not task.startswith("hub:"):
+            tasks[task]  # refuses a name that is none
     for (kind, arm), operation in product(kinds.items(), operations(found)):
         try:
             tried(operation, kind, len(found.tasks))
         except (ValueError, TypeError) as error:
             raise ValueError(f"sweep {path}: {operation.name}, arm {arm} ({kind}): {error}") from None
-    return found
 
 
 def cells(sweep: Sweep) -> Iterator[Cell]:
@@ -134,7 +147,7 @@ def cells(sweep: Sweep) -> Iterator[Cell]:
 
 def run_of(sweep: Sweep, cell: Cell, seed: int) -> Recipe:
     """The training run of a cell and a seed."""
-    known = (cell, seed)
+    known = (cell, seed, str((sweep.recipe, list(sweep.axes), sweep.arms[cell.arm])))
     if known not in sweep._runs:
         told = {key: json.dumps(value) for key, value in sweep.arms[cell.arm].items()}
         keys = {**dict(zip(sweep.axes, cell.axes, strict=True)), **told, "train.learning_rate": str(cell.rate)}
