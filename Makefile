@@ -6,7 +6,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix docs peers clean quantised
+.PHONY: demo test check fix docs fuzz crash peers clean quantised
 demo: $(READY)
 	$(BIN)/loraloom demo --out runs/demo --overwrite
 
@@ -22,6 +22,15 @@ check: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format .
+
+# Ten thousand damaged inputs, other ones each time.
+fuzz: $(READY)
+	cd tests && PYTHONPATH=. $(CURDIR)/$(BIN)/python -m fuzz.cases --cases 10000
+
+# Every line and call of a write, then two hundred kills at random moments.
+crash: $(READY)
+	LORALOOM_ALL_MOMENTS=1 $(BIN)/python -m pytest -q tests/crash
+	cd tests && PYTHONPATH=. OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m crash.rounds --rounds 200
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

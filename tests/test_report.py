@@ -198,8 +198,13 @@ def test_a_page_of_results_is_written_once_unless_asked(tmp_path):
         (b"[1]", "this is not a report: list; allowed: .*loraloom.json"),
         (b"[]", "this is not a report: list"),
         (b'[{"a": [1]}, {}]', "this is not a report: list"),
+        (
+            b'{"format": "loraloom.report/1", "panels": [{"kind": []}], "records": []}',
+            r"panels\[0\] has no kind of a panel",
+        ),
         (b'{"operation": 3}', "this is not a report: its format is None"),
         (json.dumps(demo_report().to_json()).replace("0.9,", "NaN,", 1).encode(), r"panels\[0\].*is nan"),
+        (json.dumps(demo_report().to_json()).replace("0.9,", "9" * 400 + ",", 1).encode(), r"panels\[0\].* is 9999"),
     ],
 )
 def test_torn_and_foreign_files_are_one_line(tmp_path, content, message):

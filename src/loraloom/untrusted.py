@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -218,7 +218,7 @@ def _check_depth(value: Any, where: object, most: int | None = None) -> None:
             count += 1
             if most is not None and count > most:
                 raise ValueError(f"{where}: more than {most} values, aliases written out")
-            if isinstance(one, Mapping | list | tuple | set):
+            if isinstance(one, dict | list | tuple | set):
                 found.append(one)
         if not found:
             return
@@ -228,7 +228,7 @@ def _check_depth(value: Any, where: object, most: int | None = None) -> None:
 
 def _inner(values: list[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from value
             yield from value.values()
         elif isinstance(value, list | tuple | set):

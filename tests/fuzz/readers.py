@@ -116,7 +116,8 @@ def whole_base(folder: Path) -> None:
 
 def package_in(folder: Path) -> None:
     """An archive of a registry."""
-    with mock.patch.dict(os.environ, {"LORALOOM_PACKAGES": str(folder)}):
+    away = mock.patch("loraloom.packages._download", side_effect=OSError("nothing is fetched here"))
+    with away, mock.patch.dict(os.environ, {"LORALOOM_PACKAGES": str(folder)}):
         (folder / "into").mkdir()
         unpack(Package("thing==1.0", {"data/*": "0" * 64}), folder / "into")
     outside = {path.name for path in folder.iterdir()} - {"into", "thing-1.0-py3-none-any.whl"}

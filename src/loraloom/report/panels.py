@@ -46,7 +46,8 @@ def plain(value: JSON, where: str) -> JSON:
 def _finite(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{where}: {value!r} is not a number")
-    if not abs(value) <= sys.float_info.max:  # a whole number may be larger than any float
+    held: Any = value
+    if not abs(held) <= sys.float_info.max:  # a whole number may be larger than any float
         raise ValueError(f"{where} is {short(value)}; a report holds finite numbers only")
     return float(value)
 
@@ -316,7 +317,7 @@ def from_json(value: JSON, where: str) -> Panel:
     Raises:
         ValueError: the kind is unknown, a key is missing or unknown, or a value is impossible; ``where`` says which.
     """
-    if not isinstance(value, Mapping) or value.get("kind") not in KINDS:
+    if not isinstance(value, Mapping) or value.get("kind") not in [*KINDS]:
         raise ValueError(f"{where} has no kind of a panel; allowed: {', '.join(KINDS)}")
     entries = {key: item for key, item in value.items() if key != "kind"}
     if "series" in entries:
