@@ -84,6 +84,6 @@ def _origin(path: Path) -> dict[str, JSON]:
     told = read_json(file) if file.is_file() else None
     if not isinstance(told, dict):
         return {}
-    arguments = told.get("arguments") if isinstance(told.get("arguments"), dict) else {}
-    held = {**{key: told.get(key) for key in ("operation", "seed")}, **arguments}
+    arguments = told.get("arguments")
+    held = {key: told.get(key) for key in ("operation", "seed")} | (arguments if isinstance(arguments, dict) else {})
     return {key: value for key, value in flat(held) if value not in (None, "")}
