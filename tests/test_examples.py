@@ -16,10 +16,19 @@ LAST_LINE = {
     "plain_loop.py": "step 11: p = 1.00, loss ",
     "accelerate_loop.py": "step 7: p = 1.00, loss ",
     "trl_sft.py": "step 12: p = 1.00, 4 layers active",
+    "trl_dpo.py": "step 12: p = 1.00, 4 layers active",
+    "lightning_trainer.py": "step 7: p = 1.00, 4 layers active",
+    "diffusers_unet.py": "step 6: compressed to rank 2, and the same in diffusers: True",
 }
 
 # TRL and PEFT use names that Transformers has just deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    # Lightning advises more workers, and uses a name that torch has deprecated
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
 
 
 def test_every_script_is_listed() -> None:
@@ -30,8 +39,6 @@ def test_every_script_is_listed() -> None:
 def test_it_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "trl_sft.py":
-        pytest.importorskip("trl")
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from torch import nn
 from transformers import TrainerCallback
 
@@ -17,7 +18,7 @@ from loraloom.strategies.progressive import CoTo
 
 # TRL and PEFT use names that Transformers has just deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-trl = pytest.importorskip("trl")
+
 
 TEXT = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "sat", "by", "the", "door"]
 
