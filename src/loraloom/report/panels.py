@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -46,10 +45,13 @@ def plain(value: JSON, where: str) -> JSON:
 def _finite(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{where}: {value!r} is not a number")
-    held: Any = value
-    if not abs(held) <= sys.float_info.max:  # a whole number may be larger than any float
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number may be larger than any float
+        found = math.inf
+    if not math.isfinite(found):
         raise ValueError(f"{where} is {short(value)}; a report holds finite numbers only")
-    return float(value)
+    return found
 
 
 def _text(value: object, where: str) -> str:
@@ -61,7 +63,8 @@ def _text(value: object, where: str) -> str:
 def _label(value: object, where: str) -> str | int | float:
     if isinstance(value, str):
         return value
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else _finite(value, where)
+    found = _finite(value, where)
+    return int(value) if isinstance(value, Integral) else found
 
 
 def _items(value: object, where: str) -> tuple[Any, ...]:
