@@ -292,15 +292,19 @@ def _check_sharing(trainer: Trainer, start: Path | None) -> None:
 
 
 def _name_blocks(trainer: Trainer) -> None:
-    """The blocks that FSDP gathers one by one, where its configuration names none: of those that the model's class
-    names, Accelerate would insist on all, and families share their names.
+    """The blocks that FSDP gathers one by one, where its configuration names none.
+
+    Of those that the model's class names Accelerate would insist on all, and families share their names; and it takes
+    the input embeddings as a block of their own, which must not lie in another one.
     """
     model: Any = trainer.model
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
+        inputs = getattr(model, "get_input_embeddings", lambda: None)()
         there = {type(module).__name__ for module in model.modules()}
+        around = {type(module).__name__ for module in model.modules() if inputs in (*module.modules(),)[1:]}
         named = getattr(model, "_no_split_modules", None) or ()
-        plugin.transformer_cls_names_to_wrap = sorted(there.intersection(named))
+        plugin.transformer_cls_names_to_wrap = sorted((there - around).intersection(named))
 
 
 def _arguments(options: FitOptions) -> TrainingArguments:
