@@ -113,10 +113,11 @@ def test_wrong_probes_are_one_line(run, world):
         (["stability", "a", *task, "--at", "1"], "at must hold chances in [0, 1)"),
         (["stability", "a", *task, "--at", "x"], "--at 'x'"),
         (["stability", "nowhere", *task], "nowhere"),
+        (["stability", "a", *task, "--split", "dev"], "split 'dev'"),
     ):
         done = run("probe", *words)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), (words, done.output, done.exception)
-        assert said in done.stderr and not (world / "x.json").exists()
+        assert said in done.stderr and not list(world.glob("x.json*"))
 
 
 def test_interference_tells_what_averaging_costs_where_tasks_are_named(run, tmp_path, world, score):

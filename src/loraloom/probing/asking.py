@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property, partial
@@ -81,8 +80,9 @@ class Asked:
         of = f"{self.task}, {self.split}" + (f", the first {self.limit}" if self.limit else "")
         made = self.bench
         held.mark(f"model ({made.name})", partial(of_model, made.model.named_parameters()))
-        examples = {part: made.task.splits[part] for part in dict.fromkeys([self.split, "train"])}
-        sizes = (made.image_size, made.max_length, made.task.prompt)
+        task = made.task
+        examples = made.ready(self.split, self.limit), task.splits["train"][: max(160, 16 * len(task.labels))]
+        sizes = (made.image_size, made.max_length, task.prompt)  # an encoder's head is made from the first to train on
         held.mark(f"task ({of})", lambda: of_data([examples, sizes]))
         self._noted = held, of
         return of
@@ -117,6 +117,8 @@ class Kept:
     def _open(self) -> dict[str, float]:
         path = self.out.with_name(self.out.name + SUFFIX)
         self._journal = Journal(path, self._request(), fresh=self._fresh)
+        if self._journal.known:
+            self.progress.say(f"goes on; {len(self._journal.known)} scores are known from an earlier run")
         return dict(self._journal.known)
 
     def first(self, work: Callable[[], Any]) -> Any:
@@ -171,10 +173,10 @@ class Kept:
         return [one for one in all_of_us if one is not None]
 
     def close(self, *, done: bool) -> None:
-        """Let go of the journal; one whose result is written goes."""
+        """Let go of the journal; one whose result is written, or that holds nothing, goes."""
         self.progress.close()
         if self._journal is not None:
-            (self._journal.remove if done else self._journal.close)()
+            (self._journal.remove if done or not self._journal.known else self._journal.close)()
 
 
 _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
@@ -202,8 +204,7 @@ def kept(
         yield held
         done = True
     except KeyboardInterrupt:
-        if held.rank == 0:
-            print(f"loraloom {name}: what was scored is kept; the same command goes on from there", file=sys.stderr)
+        held.progress.say("what was scored is kept; the same command goes on from there")
         raise
     finally:
         _kept.reset(token)

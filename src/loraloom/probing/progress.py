@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Progress:
-    """A line on stderr with the time left; nothing where that is no terminal, but that an earlier run is gone on from.
+    """A line on stderr with the time left, where that is a terminal.
 
     Args:
         name: what runs.
@@ -22,11 +22,7 @@ class Progress:
 
     def expect(self, scores: int, known: int) -> None:
         """So many more scores are asked for, of which some are known from an earlier run."""
-        if not self._shown:
-            return
-        if known:
-            print(f"loraloom {self._name}: {known} of {scores} scores are known from an earlier run", file=sys.stderr)
-        if not sys.stderr.isatty():
+        if not self._shown or not sys.stderr.isatty():
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -39,6 +35,11 @@ class Progress:
             self._bar.start()
         self._total += scores - known
         self._bar.update(self._line, total=self._total)
+
+    def say(self, line: str) -> None:
+        """Tell something, terminal or not."""
+        if self._shown:
+            print(f"loraloom {self._name}: {line}", file=sys.stderr)
 
     def advance(self) -> None:
         """One score more."""
