@@ -33,7 +33,7 @@ def panel(report, start):
 
 
 def test_runs_of_one_recipe_are_one_line_with_a_band():
-    runs = [trained(run(1.0), 0), trained(run(2.0), 1), trained(run(1.0), 0, strategy="coto")]
+    runs = [trained(run(1.0), 0), trained(run(2.0), 1, train={"new": None}), trained(run(1.0), 0, strategy="coto")]
     report = balance_report(runs, ["lora-0", "lora-1", "coto-0"])
     curve = panel(report, "Share of the upper third in the update")
     by = {one.name: one for one in curve.series}
@@ -45,6 +45,15 @@ def test_runs_of_one_recipe_are_one_line_with_a_band():
     assert by["even"].y == pytest.approx((1 / 3, 1 / 3))
     assert "50 % in lora, 33 % in coto-0 (even: 33 %)" in report.summary
     assert [row[0] for row in panel(report, "How the layers share").rows] == ["lora-0", "lora-1", "coto-0"]
+
+
+def test_groups_that_are_told_go_before_recipes():
+    runs = [trained(run(1.0), 0), trained(run(2.0), 1, train={"fast": True})]
+    report = balance_report(runs, ["a", "b"], ["LoRA", "LoRA"])
+    assert [one.name for one in panel(report, "Share of the upper third in the update").series] == ["LoRA", "even"]
+    assert [
+        one.name for one in panel(balance_report(runs, ["a", "b"]), "Share of the upper third in the u").series
+    ] == [*("a", "b", "even")]
 
 
 def test_heat_maps_have_the_highest_layer_on_top_and_shares_add_up():
@@ -74,6 +83,11 @@ def test_the_command_says_what_makes_the_figures_again(tmp_path):
     made = json.loads((tmp_path / "out.json").read_text())
     assert all(one["command"].startswith("loraloom") for one in made["panels"])
     assert {"command", "versions", "machine"} <= set(made["run"])
+    told = CliRunner().invoke(
+        app, ["probe", "balance", str(tmp_path / "run.json"), "--groups", "a,b", "-o", str(tmp_path / "no.json")]
+    )
+    assert told.exit_code == 2
+    assert "2 names for 1 runs" in told.output
     (tmp_path / "bad.json").write_text("{}")
     told = CliRunner().invoke(app, ["probe", "balance", str(tmp_path / "bad.json"), "-o", str(tmp_path / "no.json")])
     assert told.exit_code == 2

@@ -271,17 +271,24 @@ def balance(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Adapters, or JSON of a balance.", show_default=False)
     ],
+    groups: Annotated[
+        str, typer.Option("--groups", help="A name for each run, with commas; those of one name are told as one.")
+    ] = "",
 ) -> Any:
     """How training shared its work out over layers and projections, of runs with train.balance_every. Needs no model.
 
-    Runs whose recipes differ in the seed alone are told as one, with bands from the lowest to the highest.
+    Without --groups, runs whose recipes differ in the seed alone are told as one. Bands reach from the lowest to the
+    highest.
     """
     import loraloom as ll
     from loraloom.cli.shell import read_json
     from loraloom.probing import balance_report
 
+    told = groups.split(",") if groups else []
+    if told and len(told) != len(runs):
+        raise ValueError(f"--groups {groups!r}: {len(told)} names for {len(runs)} runs; one each is needed")
     opened = [read_json(path, "a balance") if path.is_file() else ll.load(path) for path in runs]
-    return balance_report(opened, [path.stem if path.is_file() else path.name for path in runs])
+    return balance_report(opened, [path.stem if path.is_file() else path.name for path in runs], told)
 
 
 def _numbers(given: list[str]) -> dict[str, int]:

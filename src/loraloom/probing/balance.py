@@ -11,6 +11,7 @@ from loraloom.adapter import Adapter
 from loraloom.probes.balance import Balance, Spread, balance
 from loraloom.probing.naming import apart
 from loraloom.report import Curve, Heatmap, Report, Series, Table
+from loraloom.report.grid import flat
 from loraloom.strategies.units import layer, role
 
 _SHARE = "share of the squared norm"
@@ -23,7 +24,9 @@ _WINDOWS, _COLUMNS = 10, 40
 Group = Sequence[Balance]
 
 
-def balance_report(adapters: Sequence[Adapter | Mapping[str, Any]], names: Sequence[str]) -> Report:
+def balance_report(
+    adapters: Sequence[Adapter | Mapping[str, Any]], names: Sequence[str], groups: Sequence[str] = ()
+) -> Report:
     """How evenly training went over the layers (:func:`loraloom.balance`), as a page.
 
     Runs whose recipes differ in the seed alone are told as one: means, and bands from the lowest to the highest.
@@ -31,25 +34,30 @@ def balance_report(adapters: Sequence[Adapter | Mapping[str, Any]], names: Seque
     Args:
         adapters: trained with ``train.balance_every``, or what :meth:`Balance.to_json` gave of a run.
         names: one a run; equal ones get a number.
+        groups: one a run: those of one name are told as one, whatever their recipes; none go by the recipes.
 
     Raises:
         ValueError: nothing was noted of a run.
     """
-    groups: dict[str, list[int]] = {}
+    held_by: dict[str, list[int]] = {}
     for at, one in enumerate(adapters):
-        groups.setdefault(_recipe(one) or f"run {at}", []).append(at)
+        held_by.setdefault(groups[at] if groups else _recipe(one) or f"run {at}", []).append(at)
     apart_names, found = apart(names), [balance(one) for one in adapters]
-    called = {_together([apart_names[at] for at in held]): held for held in groups.values()}
-    if len(called) < len(groups):  # two recipes of one name
-        called = {", ".join(apart_names[at] for at in held): held for held in groups.values()}
+    called = held_by if groups else {_together([apart_names[at] for at in held]): held for held in held_by.values()}
+    if len(called) < len(held_by):  # two recipes of one name
+        called = {", ".join(apart_names[at] for at in held): held for held in held_by.values()}
     grouped = {name: {apart_names[at]: found[at] for at in held} for name, held in called.items()}
     return balance_report_of(grouped)
 
 
 def _recipe(one: Adapter | Mapping[str, Any]) -> str:
-    """What two runs that differ in their seed have in common; empty where it is not known."""
+    """What two runs that differ in their seed have in common; empty where it is not known.
+
+    Keys without a value do not count: a later version may have more of them.
+    """
     told = one.provenance.get("arguments") if isinstance(one, Adapter) else None
-    return repr(sorted((key, value) for key, value in told.items() if key not in ("seed", "output"))) if told else ""
+    own = {key: value for key, value in (told or {}).items() if key not in ("seed", "output")}
+    return repr(sorted((key, value) for key, value in flat(own) if value not in (None, "", "false"))) if own else ""
 
 
 def _together(names: Sequence[str]) -> str:
