@@ -205,13 +205,18 @@ def test_a_sweep_goes_on_with_what_is_done(done, capsys) -> None:
     before = results(folder)["records"]
     journal = sorted((folder / "journal").iterdir())
     stamps = {path: path.stat().st_mtime_ns for path in journal}
-    lost = next(path for path in journal if "every-other" in path.read_text())
-    lost.unlink()
+    job = next(job for job in next(phases(made, lambda cell: cell.rate)) if job.cell.arm == "CoTo")
+    left = folder / "work" / run_key(job.sources[0]) / "checkpoint-3"  # killed in the middle of training
+    left.mkdir(parents=True)
+    (left / "torn.safetensors").write_text("torn")
+    lost = [next(path for path in journal if "every-other" in path.read_text()), folder / "journal" / f"{job.key}.json"]
+    for path in lost:
+        path.unlink()
     said: list[str] = []
     sweep.run(made, folder, resume=True, say=said.append)
-    assert len(said) == 2 and "every-other" in said[0]  # one job, and the end
-    assert {path: path.stat().st_mtime_ns for path in journal if path != lost} == {
-        path: stamp for path, stamp in stamps.items() if path != lost
+    assert len(said) == 3 and "alone" in said[0] and "every-other" in said[1] and not left.exists()  # and the end
+    assert {path: path.stat().st_mtime_ns for path in journal if path not in lost} == {
+        path: stamp for path, stamp in stamps.items() if path not in lost
     }
     assert results(folder)["records"] == before
 
