@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from loraloom.integrations.checkpoints import (
 )
 from loraloom.integrations.fast import fast
 from loraloom.integrations.processes import join
+from loraloom.integrations.sparse import sparse_parameters
 from loraloom.integrations.trainer import CoToCallback, RichProgress
 from loraloom.probes.balance import Balance
 from loraloom.strategies import Strategy
@@ -185,7 +187,9 @@ def fit(
     if loss is not None:
         trainer.model_accepts_loss_kwargs = False  # the count of labels is for the loss, not for a backbone's forward
     try:
-        with stop.listening(), disk_faults_told(options.output):
+        with stop.listening(), disk_faults_told(options.output), warnings.catch_warnings():
+            # torch asks for another option, which sends them once all the same
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         if switch is not None:
@@ -274,6 +278,13 @@ def _check_sharing(trainer: Trainer, start: Path | None) -> None:
     now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else "DDP or one process"
     if now != "DDP or one process" and not isinstance(trainer.model, PeftModel):
         raise ValueError(f"weights of a model without adapters are not trained under {now}; allowed: DDP, one process")
+    model: Any = trainer.model
+    if (
+        now == "DeepSpeed"
+        and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+        and any(sparse_parameters(model))
+    ):
+        raise ValueError("LoRI with a mask is not trained under ZeRO 3; allowed: ZeRO 2, FSDP2, DDP, one process")
     if start is None:
         return
     parts = len(list(start.glob("global_step*/*_optim_states.pt")))

@@ -131,7 +131,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not parts:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parts):
+    with deepspeed.zero.GatheredParameters(parts):
         yield
