@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from loraloom.integrations.balance import FILE, BalanceCallback, BalanceMeter
 from loraloom.integrations.fit import FitOptions, fit
 from loraloom.integrations.peft import from_model
 from loraloom.integrations.trainer import CoToCallback
+from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.strategies.sparse import LoRI, calibrate
 from tiny import tiny_llama
+from tiny_multimodal import tiny_llava
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -193,6 +196,33 @@ def test_a_start_taken_out_of_the_base_has_no_update() -> None:
     meter = BalanceMeter(model)
     meter.note(0)
     assert meter.result.update[0] == (None, None)
+
+
+@pytest.mark.parametrize("own", ["A", "B", "both"])
+def test_of_moka_the_update_is_that_of_all_modalities(own: str) -> None:
+    plan = MokA(modalities={"image": 1}, rank=2, own=own, attention="none")
+    model = plan.wrap(tiny_llava(), target_modules=["q_proj"])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    meter = BalanceMeter(model)
+    meter.note(0)
+    expected: dict[str, float] = {}
+    for name, factors in from_model(model).modules.items():
+        module = name.partition("[")[0]
+        expected[module] = (expected.get(module, 0.0) ** 2 + factors.norm() ** 2) ** 0.5
+    assert dict(zip(meter.result.modules, meter.result.update[0], strict=True)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_in_parts_and_scaled_gradients_are_refused(tmp_path: Path) -> None:
+    model = tiny.model()
+    next(weight for weight in model.parameters() if weight.requires_grad).ds_id = 0  # as ZeRO-3 marks them
+    with pytest.raises(ValueError, match=r"q_proj is sharded over devices \(FSDP, ZeRO-3\)"):
+        BalanceMeter(model)
+    args = SimpleNamespace(fp16=True, max_grad_norm=0.0, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="fp16 without max_grad_norm"):
+        BalanceCallback().on_train_begin(args, SimpleNamespace(global_step=0), None, model=tiny.model())
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path) -> None:
