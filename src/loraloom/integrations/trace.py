@@ -166,7 +166,7 @@ class _Watch:
 
     def _enter(self, block: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         hidden = next(x for x in (*given, *named.values()) if isinstance(x, Tensor) and x.is_floating_point())
-        weights = sum(weight.numel() * weight.element_size() for weight in block.parameters())
+        weights = _bytes([*block.parameters()])
         self.inside.append(len(self.of_block))
         size = hidden.numel() * hidden.element_size()
         self.of_block.append({"given": size, "weights": weights, "units": 0})
@@ -248,7 +248,7 @@ class _Watch:
             base=sum(weight.numel() for weight in base),
             trainable=sum(weight.numel() for weight in trained),
             frozen=sum(weight.numel() for weight in frozen),
-            bytes_of=tuple(sum(w.numel() * w.element_size() for w in some) for some in (base, trained, frozen)),
+            bytes_of=(_bytes(base), _bytes(trained), _bytes(frozen)),
             by_unit=tuple(self.by_unit),
         )
 
@@ -343,6 +343,10 @@ def _reached(result: Tensor) -> set[int]:
             found.update(dict(node.metadata).get("products", ()))  # type: ignore[call-overload]
             left += [before for before, _ in node.next_functions]
     return found
+
+
+def _bytes(weights: list[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _of_adapter(name: str) -> bool:
