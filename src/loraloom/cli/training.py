@@ -65,9 +65,11 @@ def inspect(adapters: Many, as_json: AsJson = False) -> None:
         )
         return
     for path, one in zip(adapters, summaries, strict=True):
-        head = {key: value for key, value in one.items() if key != "layers"}
+        head = {key: value for key, value in one.items() if key not in ("layers", "zero")}
         table(str(path), [head], as_json=False)
         table("norm of the update by layer", one["layers"], as_json=False)
+        if one["zero"]:
+            result({"note": f"{len(one['zero'])} updates are zero, first that of {one['zero'][0]}"}, as_json=False)
     if len(adapters) > 1:
         cosines = ll.cosines([ll.load(path) for path in adapters])
         names = [path.name for path in adapters]
@@ -79,14 +81,18 @@ def inspect(adapters: Many, as_json: AsJson = False) -> None:
 
 @command("report")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out")] = Path("report.html"),
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="results.json, a probe's JSON, adapters, scores.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A page: .html or .md.")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="Also every figure as SVG and PNG, in this folder.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make one self-contained page from results."""
+    """Make one self-contained page from results, and its figures."""
     from loraloom.report import page
 
-    print(page(runs, out, overwrite=overwrite))
+    print(page(runs, out, figures=figures, overwrite=overwrite))
 
 
 @command("list")
