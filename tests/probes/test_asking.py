@@ -20,7 +20,7 @@ from torch import nn
 import loraloom as ll
 from loraloom.adapter import Adapter, Factors
 from loraloom.integrations.scoring import Bench, Evaluation, bench
-from loraloom.probing import shapley_report
+from loraloom.probing import shapley_report, stability_report
 from loraloom.probing.asking import asked, kept
 from loraloom.probing.journal import Journal
 from loraloom.tasks import Example, Task
@@ -171,6 +171,9 @@ def test_scores_are_remembered_over_several_questions(made, adapter, tmp_path, m
 def test_the_page_says_what_sharing_saved_and_why_it_did_not(made, adapter):
     row = {row[0]: row[1:] for row in shapley_report({"a": adapter}, made).panels[1].rows}["block passes"]
     assert row == (30, "blocks of the model to run over all examples; 2.1 times as many without what is shared")
+    pruned = stability_report(adapter, made, at=[0.5], draws=2, pruning=True)  # pruned entries share nothing
+    row = {row[0]: row[1:] for row in pruned.panels[1].rows}["block passes"]
+    assert row[0] == pruned.records[0]["passes"] > 0 and "times as many without" in row[1]
     other = replace(adapter, modules={name: one.scaled(0.5) for name, one in adapter.modules.items()})
     page = shapley_report({"a": adapter, "b": other}, made)
     row = {row[0]: row[1:] for row in page.panels[1].rows}["block passes"]

@@ -38,7 +38,7 @@ def passes_row(run: int | None, saved: int | None, why: str = "") -> list[tuple[
         >>> passes_row(20, 80)
         [('block passes', 20, 'blocks of the model to run over all examples; 5.0 times as many without what is shared')]
     """
-    if why:
+    if why and not saved:
         return [("block passes", run, f"every pass runs all blocks of the model: {why}")]
     if not run or saved is None:
         return []
