@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -276,6 +277,22 @@ def test_bf16_keeps_the_base_twice(folders: dict[str, str]) -> None:
     half = ll.plan(recipe_of(folders["llama"], dtype="bfloat16"))
     assert half.memory.weights == 2 * half.parameters.base
     assert mixed.memory.activations == half.memory.activations + 2 * half.parameters.base
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("int8", 1.0), ("nf4", 0.5159)])
+def test_a_quantised_base(folders: dict[str, str], dtype: str, size: float) -> None:
+    plain, small = (ll.plan(recipe_of(folders["llama"], dtype=one)) for one in ("float32", dtype))
+    linear = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3)
+    assert plain.memory.weights - small.memory.weights == pytest.approx((4 - size) * linear, rel=1e-3)
+    assert (small.flops, small.memory.activations) == (plain.flops, plain.memory.activations)
+
+
+def test_an_adapter_that_is_trained_on(folders: dict[str, str], tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(folders["llama"])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    get_peft_model(model, LoraConfig(r=3, target_modules=["v_proj"])).save_pretrained(tmp_path / "first")
+    made = ll.plan(recipe_of(folders["llama"], continue_from=str(tmp_path / "first")))
+    assert made.parameters.trainable == 3 * 3 * (64 + 32)
 
 
 def test_the_command(folders: dict[str, str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ SHARDINGS: Mapping[str, tuple[bool, bool, bool]] = {
 """Whether optimizer state, gradients and weights are split over the ranks (ZeRO, arXiv 1910.02054, section 5)."""
 
 ADAMW = 2  # moments a trained weight, each of the weight's size
+SIZES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}  # bytes of a quantised weight, with nf4's scales of blocks
 INDEX = 8  # bytes that say where a kept entry of LoRI's B is
 NEVER = -1  # of Product.again
 MOST_STEPS = 20_000  # of a schedule; a longer run is taken at so many of its steps, evenly spaced
@@ -297,11 +298,13 @@ def _memory(recipe: Recipe, trace: Any, kept: int, world: int, split: tuple[bool
     size = trained / max(trace.trainable, 1)  # bytes of one trained weight
     indices = INDEX * kept if kept != trace.trainable else 0
     dense = trained if indices else 0  # LoRI's B is laid out whole for every pass
-    copies = base // 2 if wider > 1 else 0  # autocast keeps each weight in bfloat16 too, from forward to backward
+    copies = (
+        base // 2 if recipe.train.bf16 and recipe.dtype == "float32" else 0
+    )  # autocast keeps each weight in bfloat16 too, from forward to backward
     optimizer, gradients, weights = (world if one else 1 for one in split)
     saved = [block.saved for block in trace.blocks]
     outside = trace.saved + dense + copies
-    output = trace.logits * (4 if recipe.dtype == "float32" and not recipe.train.bf16 else 2)
+    output = trace.logits * (2 if recipe.train.bf16 or recipe.dtype in ("bfloat16", "float16") else 4)
     return Memory(
         weights=-(-base // weights),
         adapter=-(-round(kept * size + frozen + indices) // weights),
@@ -319,7 +322,8 @@ def _memory(recipe: Recipe, trace: Any, kept: int, world: int, split: tuple[bool
 
 def _base(recipe: Recipe, trace: Any) -> tuple[int, float]:
     """Bytes of the base's weights, and how much wider they are than those of the pass that was watched."""
-    size = int(trace.base) * (4 if recipe.dtype == "float32" else 2)
+    plain = 2 if recipe.dtype in ("bfloat16", "float16") else 4
+    size = round(plain * (trace.base - trace.linear) + SIZES.get(recipe.dtype, plain) * trace.linear)
     return size, size / max(trace.bytes_of[0], 1)
 
 

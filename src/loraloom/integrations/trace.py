@@ -70,6 +70,7 @@ class Trace:
         logits: elements of the logits (0 for a model without a vocabulary head).
         logits_saved: bytes kept for backward that are as wide as the vocabulary.
         base: number of the base model's weights.
+        linear: of these, in linear layers other than the vocabulary head: what quantisation makes small.
         trainable: number of trained weights.
         frozen: number of the adapter's weights that are not trained.
         bytes_of: bytes of the base's weights, of the trained ones and of the adapter's frozen ones.
@@ -84,6 +85,7 @@ class Trace:
     logits: int
     logits_saved: int
     base: int
+    linear: int
     trainable: int
     frozen: int
     bytes_of: tuple[int, int, int]
@@ -246,6 +248,7 @@ class _Watch:
             logits=0 if logits is None else logits.numel(),
             logits_saved=self.saved["logits"],
             base=sum(weight.numel() for weight in base),
+            linear=_linear(self.model),
             trainable=sum(weight.numel() for weight in trained),
             frozen=sum(weight.numel() for weight in frozen),
             bytes_of=(_bytes(base), _bytes(trained), _bytes(frozen)),
@@ -343,6 +346,12 @@ def _reached(result: Tensor) -> set[int]:
             found.update(dict(node.metadata).get("products", ()))  # type: ignore[call-overload]
             left += [before for before, _ in node.next_functions]
     return found
+
+
+def _linear(model: nn.Module) -> int:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = [one for name, one in model.named_modules() if isinstance(one, nn.Linear) and not _of_adapter(name)]
+    return sum(one.weight.numel() for one in layers if one is not head)
 
 
 def _bytes(weights: list[Tensor]) -> int:

@@ -7,10 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from loraloom.integrations import shapes
 from loraloom.integrations.adapting import training, whole
+from loraloom.integrations.backbones import QUANTISED
+from loraloom.integrations.peft import _peft_config  # how a stored configuration becomes PEFT's
 from loraloom.integrations.trace import Trace, trace
 from loraloom.store import load
 from loraloom.strategies.dropout import ProgressiveDropout
@@ -22,7 +25,8 @@ def traced(recipe: Any, *, batch: int, unit: str = "layer") -> Trace:
     Raises:
         ValueError: the model's configuration is not found, or the adapter or the data do not fit it.
     """
-    kind = "bfloat16" if recipe.train.bf16 else recipe.dtype
+    kind = "float32" if recipe.dtype in QUANTISED else recipe.dtype  # quantised layers compute in it
+    kind = "bfloat16" if recipe.train.bf16 else kind
     bare, family = shapes.bare(recipe.model, kind)
     data = recipe.data
     given = shapes.inputs(bare, family, batch=batch, length=data.max_length, image_size=data.image_size)
@@ -38,14 +42,16 @@ def trainee(model: nn.Module, recipe: Any) -> Iterator[nn.Module]:
     told, strategy = recipe.adapter.model_dump(), recipe.plan()
     if isinstance(strategy, ProgressiveDropout):
         told["dropout"] = strategy.probability(0)
-    start = None if recipe.continue_from is None else load(recipe.continue_from)
+    start = {} if recipe.continue_from is None else dict(load(recipe.continue_from).config)
     moka = None if recipe.moka is None else recipe.moka.plan(recipe.adapter)
     with ExitStack() as held:
         with torch.device(next(model.parameters()).device):  # for what is added to the model, not for what it does
             if recipe.adapter.kind == "none":
                 made: Any = held.enter_context(whole(model, recipe.adapter.modules_to_save))
+            elif recipe.continue_from is not None and moka is None:
+                made = get_peft_model(model, _peft_config(model, {**start, "inference_mode": False}))
             else:
-                made = held.enter_context(training(model, **told, seed=recipe.seed, start=start, moka=moka))
+                made = held.enter_context(training(model, **told, seed=recipe.seed, moka=moka))
         for name, weight in made.named_parameters():
             if recipe.lori is not None and {"lora_A", "lora_embedding_A"} & {*name.split(".")}:
                 weight.requires_grad_(False)
