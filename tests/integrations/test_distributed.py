@@ -352,8 +352,10 @@ def test_accelerate_reads_its_files(name: str) -> None:
     asked = launch_command_parser().parse_args(words)
     asked, *_ = _validate_launch_command(asked)
     told = {"fsdp2": {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}}
-    assert asked.num_processes == 2 and asked.use_cpu is (name == "ddp-cpu")
-    assert (asked.use_fsdp, asked.use_deepspeed) == (name == "fsdp2", name.startswith("zero"))
+    assert asked.num_processes == 2 and asked.use_cpu is (name == "ddp-cpu") and not asked.cpu
+    # with none of the three Accelerate starts one process, whatever num_processes says
+    kinds = (asked.multi_gpu, asked.use_fsdp, asked.use_deepspeed)
+    assert kinds == (name.startswith("ddp"), name == "fsdp2", name.startswith("zero"))
     if asked.use_deepspeed:
         assert (asked.zero_stage, asked.gradient_accumulation_steps) == (int(name[-1]), "auto")
     if asked.use_fsdp:
