@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import loraloom as ll
+from loraloom.integrations.checkpoints import SafeCheckpoints
 from loraloom.masks import MASK
 
 LORI = ["--set", "lori={}", "--set", "strategy.name=none"]
@@ -93,24 +95,31 @@ def test_calibration_by_gradients_and_disjoint_masks(loraloom, trained):
     assert ll.load_mask(trained / "n.safetensors").overlap(ll.load_mask(trained / "m.safetensors")) == 0
 
 
-def test_killed_in_calibration_and_after_it_and_resumed(loraloom, world):
-    steps = ["--set", "train.steps=100", "--set", "train.save_every=25", *LORI]
+@pytest.mark.parametrize("place", ["calibration", "lk.training"])
+def test_stopped_at_once_in_calibration_or_after_it_and_resumed(loraloom, world, monkeypatch, place):
+    steps = ["--set", "train.steps=20", "--set", "train.save_every=5", *LORI]
     steps += ["--set", "lori={calibrate: {density: 0.25}}"]
-    whole = loraloom("train", "recipe.yaml", "--set", "output=lw", *steps)
-    assert whole.returncode == 0, whole.stderr
+    if not (world / "lw").exists():
+        whole = loraloom("train", "recipe.yaml", "--set", "output=lw", *steps)
+        assert whole.returncode == 0, whole.stderr
+    on_save = SafeCheckpoints.on_save
+
+    def stopped(self, args, state, control, **kwargs):
+        on_save(self, args, state, control, **kwargs)
+        if Path(args.output_dir).name == place and state.global_step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeCheckpoints, "on_save", stopped)
+        assert loraloom("train", "recipe.yaml", "--set", "output=lk", "--overwrite", *steps).returncode == 130
     work = world / "lk.training"
-    for wanted in ("calibration/checkpoint-*", "checkpoint-*"):
-        process = loraloom.start("train", "recipe.yaml", "--set", "output=lk", "--resume", *steps)
-        while not any(work.glob(wanted)) and process.poll() is None:
-            time.sleep(0.005)
-        assert process.poll() is None, process.communicate()
-        process.kill()
-        process.communicate()
-    done = loraloom("train", "recipe.yaml", "--set", "output=lk", "--resume", *steps)
+    assert any(work.glob("calibration/checkpoint-10" if place == "calibration" else "checkpoint-10"))
+    done = loraloom("train", "recipe.yaml", "--set", "output=lk", "--resume", "--overwrite", *steps)
     assert done.returncode == 0, done.stderr
     for file in ("adapter_model.safetensors", MASK):
         assert (world / "lk" / file).read_bytes() == (world / "lw" / file).read_bytes()
     assert not work.exists()
+    shutil.rmtree(world / "lk")
 
 
 WRONG = {

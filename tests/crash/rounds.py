@@ -34,7 +34,7 @@ from loraloom.adapter import Adapter, Factors
 from loraloom.store import load, save
 from tiny_vision import make_model, make_recipe
 
-STEPS = ("--set", "train.steps=40", "--set", "train.save_every=4", "--set", "adapter.dropout=0.1")
+STEPS = ("--set", "train.steps=20", "--set", "train.save_every=2", "--set", "adapter.dropout=0.1")
 TRAIN = ("train", "recipe.yaml", *STEPS, "--set", "output=killed", "--resume")
 COMMANDS = {
     "merge": ("merge", "a", "b", "-o", "merged", "--method", "ties", "--rank", "2", "--overwrite"),
@@ -122,6 +122,7 @@ def train_rounds(rounds: int, chance: random.Random) -> Counter[str]:
     while found["killed"] < rounds:
         if killed(partial(ended, TRAIN), chance.uniform(0, seconds)):
             found["killed"] += 1
+            print(f"\rtrain: {dict(found)}", end="", flush=True)
             if not Path("killed").exists():
                 continue
         else:
@@ -139,12 +140,13 @@ def main() -> None:
     """Run the rounds and tell what was there afterwards."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=200, help="in all")
+    parser.add_argument("--only", choices=[*COMMANDS, "save", "train"], help="all rounds for one of them")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     given = parser.parse_args()
     chance = random.Random(given.seed)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    each, began = -(-given.rounds // 5), time.monotonic()
+    each, began = given.rounds if given.only else -(-given.rounds // 5), time.monotonic()
     with quick_folder() as folder:
         os.chdir(folder)
         Path("recipe.yaml").write_text(yaml.safe_dump(make_recipe(make_model(folder / "model"))))
@@ -165,12 +167,15 @@ def main() -> None:
         )
         total = 0
         for name, place in places.items():
+            if given.only not in (None, name):
+                continue
             found = place.run(each, chance)
             total += sum(found.values())
             print(f"{name}: killed {sum(found.values())} times; afterwards {dict(found)}", flush=True)
-        found = train_rounds(each, chance)
-        total += found["killed"]
-        print(f"train: {dict(found)}; every end in the same bits", flush=True)
+        if given.only in (None, "train"):
+            found = train_rounds(each, chance)
+            total += found["killed"]
+            print(f"\rtrain: {dict(found)}; every end in the same bits", flush=True)
         full_disk(folder)
     print(f"{total} kills, seed {given.seed}, {time.monotonic() - began:.0f} s")
 
