@@ -157,6 +157,7 @@ def hard_report():
             Heatmap("Empty", "x", "y", ("a", "b"), ("c",), ((None, None),)),
             Heatmap("One value", "x", "y", ("a",), ("c",), ((0.5,),)),
             Curve("Flat and small", "step", "loss", (Series("run", (0, 1, 2), (1e-7, 1e-7, 1e-7)),)),
+            Curve("Odd range", "step", "share", (Series("run", (0, 1, 2), (0.722, 0.37, 0.346)),)),
             Curve("Points", "axis 1", "axis 2", tuple(Series(run, (at,), (at % 3,)) for at, run in enumerate(runs))),
         ),
     )

@@ -59,7 +59,7 @@ def test_page_is_quiet_whole_and_fits(browser, page, width, dark):
     assert colour(browser, ".plot .main-svg", "backgroundColor") == paper
 
 
-# Boxes of what is drawn on the plots: legends, lines and bars, names of axes.
+# What is wrong with the plots: a legend on the data, two ticks that say the same, text that is cut off.
 OVERLAPS = """[...document.querySelectorAll('.plot')].flatMap(plot => {
   const box = e => e.getBoundingClientRect(), all = (where, of) => [...where.querySelectorAll(of)].map(box);
   const cross = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
@@ -69,7 +69,9 @@ OVERLAPS = """[...document.querySelectorAll('.plot')].flatMap(plot => {
   const page = box(plot);
   const cut = all(plot, '.legendtext, .xtitle, .ytitle, .ytick text, .cbaxis text').filter(one =>
     one.left < page.left - 1 || one.right > page.right + 1 || one.top < page.top - 1 || one.bottom > page.bottom + 1);
-  return [...outside, ...cut.map(() => 'cut')].map(what => plot.id + ': ' + what); })"""
+  const told = [...plot.querySelectorAll('.ytick text')].map(e => e.textContent);
+  const twice = told.filter((text, at) => told.indexOf(text) < at).map(text => 'tick twice: ' + text);
+  return [...outside, ...twice, ...cut.map(() => 'cut')].map(what => plot.id + ': ' + what); })"""
 
 
 # Contrast of each number on a heat map with the colour of its cell, as the page computes it from the values.

@@ -89,9 +89,9 @@
   const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const inkOn = (rgb) => light(rgb) > 0.18 ? "#000000" : "#ffffff";
-  // Decimals that tell round steps of an axis from low to high apart.
+  // Decimals that tell the ticks of an axis from low to high apart; Plotly draws fewer than ten.
   const decimals = (low, high) => {
-    const rough = (high - low) / 5, size = 10 ** Math.floor(Math.log10(rough));
+    const rough = (high - low) / 10, size = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].find((factor) => factor * size >= rough * 0.999) * size;
     return Number.isFinite(step) ? Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) : 0;
   };
