@@ -353,6 +353,17 @@ def test_a_damaged_journal_names_the_file(done) -> None:
         path.write_text(kept)
 
 
+def test_one_pair_has_no_interval_over_seeds(done) -> None:
+    """What was measured once is not called better or worse."""
+    table = results(done[1])["panels"]
+    rows = {tuple(row[:3]): row[3:] for row in table[1]["rows"]}
+    assert rows["digits", "half way, factors", "CoTo"][1:] == [None, None, 1]
+    assert rows["digits", "alone", "CoTo"][1] < rows["digits", "alone", "CoTo"][2]
+    gaps = {row[1]: row[3:] for row in table[2]["rows"]}
+    assert gaps["half way, factors"][1:3] == [None, None] and None not in gaps["half way, factors"][3:]
+    assert "Of 6 measurements on several seeds CoTo is" in results(done[1])["summary"]
+
+
 def test_the_interval_is_student_s() -> None:
     """Against the textbook's quantile of 4 degrees of freedom, 2.776."""
     values = [0.7, 0.8, 0.75, 0.9, 0.6]

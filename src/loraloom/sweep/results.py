@@ -22,8 +22,8 @@ Outcomes = Mapping[int, np.ndarray]  # by first seed: the outcome of every examp
 Key = tuple[Cell, str]  # a place of the table and the name of an operation
 
 
-def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student's interval of it over seeds; with one value the interval is the value.
+def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
+    """Mean and Student's interval of it over seeds; one value has none.
 
     Example:
         >>> [round(end, 3) for end in spread([0.8, 0.9])]
@@ -31,9 +31,13 @@ def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float, 
     """
     mean, count = float(np.mean(values)), len(values)
     if count == 1:
-        return mean, mean, mean
+        return mean, None, None
     half = float(stdtrit(count - 1, 0.5 + level / 2)) * float(np.std(values, ddof=1)) / count**0.5
     return mean, mean - half, mean + half
+
+
+def _rounded(*values: float | None) -> tuple[float | None, ...]:
+    return tuple(None if value is None else round(value, 4) for value in values)
 
 
 class Found:
@@ -124,14 +128,13 @@ def _all(found: Found, names: Sequence[str]) -> Table:
     for cell in found.chosen:
         for name in names:
             if outcomes := found.by.get((cell, name)):
-                mean, low, high = spread([float(one.mean()) for one in outcomes.values()])
-                told = (round(mean, 4), round(low, 4), round(high, 4), len(outcomes))
+                told = (*_rounded(*spread([float(one.mean()) for one in outcomes.values()])), len(outcomes))
                 rows.append((*_where(found.sweep, cell), name, cell.arm, *told))
     return Table(
         "Accuracy at the chosen rates",
         (*_columns(found.sweep), "measurement", "arm", "mean", "low", "high", "n"),
         tuple(rows),
-        note="Student's 95 % interval over n seeds (or groups of seeds, which overlap for three and more seeds).",
+        note="Student's 95 % interval over n seeds, or groups of seeds, which overlap from three seeds on; none for n = 1.",
     )
 
 
@@ -154,14 +157,14 @@ def _against(found: Found, names: Sequence[str]) -> Table:
     )
 
 
-def _gap(one: Outcomes | None, other: Outcomes | None) -> tuple[float, ...] | None:
+def _gap(one: Outcomes | None, other: Outcomes | None) -> tuple[float | None, ...] | None:
     """Mean difference with both intervals, over the seeds that both have."""
     shared = [seed for seed in one or {} if seed in (other or {})]
     if one is None or other is None or not shared:
         return None
     mean, low, high = spread([float(one[seed].mean() - other[seed].mean()) for seed in shared])
     pooled = difference(*(np.mean([each[seed] for seed in shared], axis=0) for each in (one, other)))
-    return tuple(round(value, 4) for value in (mean, low, high, pooled.low, pooled.high))
+    return _rounded(mean, low, high, pooled.low, pooled.high)
 
 
 def _barriers(found: Found) -> Table | None:
@@ -183,7 +186,7 @@ def _barriers(found: Found) -> Table | None:
                     if seed in outcomes
                 ]
                 heights.append(max(sag))
-            told = tuple(round(value, 4) for value in spread(heights))
+            told = _rounded(*spread(heights))
             rows.append((*_where(found.sweep, cell), space, cell.arm, *told, len(heights)))
     if not rows:
         return None
@@ -264,11 +267,12 @@ def _summary(found: Found) -> str:
     for arm in list(sweep.arms)[1:]:
         cells = [cell for cell in found.chosen if cell.arm == arm]
         gaps = [_gap(found.by.get((c, name)), found.by.get((found.first(c), name))) for c in cells for name in names]
-        told = [gap for gap in gaps if gap is not None]
-        better, worse = sum(gap[1] > 0 for gap in told), sum(gap[2] < 0 for gap in told)
+        ends = [(gap[1], gap[2]) for gap in gaps if gap is not None]
+        told = [(low, high) for low, high in ends if low is not None and high is not None]
+        better, worse = sum(low > 0 for low, _ in told), sum(high < 0 for _, high in told)
         text += (
-            f" Of {len(told)} measurements {arm} is better than {reference} beyond the interval over seeds in "
-            f"{better}, worse in {worse}, and not told apart in {len(told) - better - worse}."
+            f" Of {len(told)} measurements on several seeds {arm} is better than {reference} beyond the interval over "
+            f"seeds in {better}, worse in {worse}, and not told apart in {len(told) - better - worse}."
         )
     return text
 
