@@ -349,7 +349,8 @@ def _reached(result: Tensor) -> set[int]:
 
 
 def _linear(model: nn.Module) -> int:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found: Any = getattr(model, "get_output_embeddings", None)
+    head = found() if found else None
     layers = [one for name, one in model.named_modules() if isinstance(one, nn.Linear) and not _of_adapter(name)]
     return sum(one.weight.numel() for one in layers if one is not head)
 
