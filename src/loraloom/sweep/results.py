@@ -134,7 +134,7 @@ def _all(found: Found, names: Sequence[str]) -> Table:
         "Accuracy at the chosen rates",
         (*_columns(found.sweep), "measurement", "arm", "mean", "low", "high", "n"),
         tuple(rows),
-        note="Student's 95 % interval over n seeds, or groups of seeds, which overlap from three seeds on; none for n = 1.",
+        note="Student's 95 % interval over n seeds, or groups of seeds, which overlap from three on; none for n = 1.",
     )
 
 
