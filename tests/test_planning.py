@@ -43,7 +43,6 @@ FAMILY = {"llama": "causal", "bert": "encoder", "vit": "vision"}
 BATCH = 8
 SEEN: dict[tuple, Any] = {}
 KINDS: dict[str, dict[str, Any]] = {
-    "lora": {},
     "some": {"adapter": {"target_modules": ["v_proj"]}},
     "dora": {"adapter": {"kind": "dora"}},
     "hira": {"adapter": {"kind": "hira"}},
@@ -165,7 +164,8 @@ def test_weights_and_operations_of_every_kind(folders: dict[str, str], kind: str
 def test_operations_and_peak_memory_of_every_family(folders: dict[str, str], name: str, checkpointing: bool) -> None:
     recipe = recipe_of(folders[name], checkpointing)
     made = ll.plan(recipe)
-    flops = measured(name, recipe, "eager")[1]
+    trained, flops, _ = measured(name, recipe, "eager")
+    assert made.parameters.trainable == trained
     peak = measured(name, recipe, "sdpa")[2]
     planned = made.flops.forward + made.flops.backward + checkpointing * made.flops.recomputed
     assert planned == pytest.approx(flops, rel=0.002)
