@@ -101,7 +101,10 @@ class Rounds:
                 shutil.rmtree(self.out)
             self.old(self.out)
             before = content(self.out)
-            if killed(self.work, chance.uniform(0, seconds)):
+            began = time.monotonic()
+            if not killed(self.work, chance.uniform(0, seconds)):
+                seconds = min(seconds, time.monotonic() - began)  # of a machine that is less busy now
+            else:
                 same = content(self.out) == before
                 found["old" if same else "new"] += 1
                 if not same:
@@ -120,6 +123,7 @@ def train_rounds(rounds: int, chance: random.Random) -> Counter[str]:
     seconds = time.monotonic() - began
     expected = content(Path("whole"))["adapter_model.safetensors"]
     while found["killed"] < rounds:
+        began = time.monotonic()
         if killed(partial(ended, TRAIN), chance.uniform(0, seconds)):
             found["killed"] += 1
             print(f"\rtrain: {dict(found)}", end="", flush=True)
@@ -127,6 +131,7 @@ def train_rounds(rounds: int, chance: random.Random) -> Counter[str]:
                 continue
         else:
             found["came to its end"] += 1
+            seconds = min(seconds, time.monotonic() - began)  # of a machine that is less busy now
         assert content(Path("killed"))["adapter_model.safetensors"] == expected
         shutil.rmtree("killed")
         shutil.rmtree("killed.training", ignore_errors=True)
