@@ -70,8 +70,8 @@ def _calibrated(
         return load_mask(kept)
     if how.by == "training" and edge("processes").in_parts():
         raise ValueError(
-            "lori.calibrate by training needs the whole base again afterwards, which FSDP and DeepSpeed leave in parts; "
-            "calibrate before (`loraloom calibrate`) and give lori.mask, or use lori.calibrate.by=gradients"
+            "lori.calibrate by training needs the whole base again afterwards, which FSDP and DeepSpeed leave in parts;"
+            " calibrate before (`loraloom calibrate`) and give lori.mask, or use lori.calibrate.by=gradients"
         )
     exclude = tuple(map(protected, how.exclude))
     checkpoints = work / "calibration"

@@ -19,7 +19,7 @@ from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
 
 class CommandLine:
-    """``loraloom`` as a user types it, in a folder of its own: in this process, or where that is the point in another."""
+    """``loraloom`` as a user types it, in a folder of its own; in this process, or in another where that matters."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
