@@ -50,7 +50,12 @@ def _alone(rank: int, size: int, port: int, words: tuple[str, ...]) -> dict:
         return plain(self, *arguments)
 
     Bench.outcome = outcome
-    environment = {"COLUMNS": "160", "NO_COLOR": "1", **{key: str(value) for key, value in told.items()}}
+    environment = {
+        "COLUMNS": "160",
+        "NO_COLOR": "1",
+        "OMP_NUM_THREADS": "1",
+        **{key: str(value) for key, value in told.items()},
+    }
     done = CliRunner(env=environment).invoke(app, list(words), prog_name="loraloom")
     return {"code": done.exit_code, "out": done.stdout, "err": done.stderr, "evaluations": count[0]}
 
