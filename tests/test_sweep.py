@@ -19,7 +19,7 @@ from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
 from loraloom.sweep.operations import groups, operations
-from loraloom.sweep.plan import cells, phases, run_key, run_of
+from loraloom.sweep.plan import cells, phases, read, run_key, run_of
 from loraloom.sweep.results import spread
 from loraloom.sweep.work import Journal, Worker, chooser, claimed
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
@@ -338,6 +338,15 @@ def test_a_wrong_sweep_is_one_line(tmp_path: Path, recipe_content: dict, changes
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         sweep.read(written(tmp_path, recipe_content, **changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sweep_of_others_is_read_with_bounds(tmp_path: Path) -> None:
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    for text, said in (("a0: &a0 [x]\n" + "\n".join(levels), "sweep"), ("seeds: [0]\nseeds: [1]\n", "seeds")):
+        (tmp_path / "sweep.yaml").write_text(text)
+        with pytest.raises(ValueError, match=said) as caught:
+            read(tmp_path / "sweep.yaml")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_journal_names_the_file(done) -> None:

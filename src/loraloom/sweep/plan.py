@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from loraloom.recipe import Recipe, explain, read_task
@@ -22,6 +21,7 @@ from loraloom.recipe import read as read_recipe
 from loraloom.sweep.operations import ALONE, BASE, Operation, groups, operations, tried
 from loraloom.sweep.table import Sweep
 from loraloom.tasks import tasks
+from loraloom.untrusted import read_yaml
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,7 @@ def read(path: str | Path) -> Sweep:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"sweep {path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"sweep {path}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, f"sweep {path}")
     if not isinstance(content, dict):
         raise ValueError(f"sweep {path}: a mapping of keys is needed, got {type(content).__name__}")
     try:

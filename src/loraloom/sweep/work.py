@@ -31,6 +31,7 @@ from loraloom.store import load
 from loraloom.sweep.operations import operations
 from loraloom.sweep.plan import Cell, Job, phases, run_key
 from loraloom.sweep.table import Sweep
+from loraloom.untrusted import read_json
 
 _PAUSE = 0.5  # seconds between looks at the journal while others do the last jobs of a part
 Say = Callable[[str], None]
@@ -55,7 +56,7 @@ class Journal:
             if not path.is_file():
                 return None
             try:
-                self._read[job.key] = json.loads(path.read_text(encoding="utf-8"))
+                self._read[job.key] = read_json(path)
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}); remove it, and the job is done again") from None
         return self._read[job.key]
