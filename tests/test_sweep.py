@@ -19,7 +19,7 @@ from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
 from loraloom.sweep.operations import groups, operations
-from loraloom.sweep.plan import cells, phases, read, run_key, run_of
+from loraloom.sweep.plan import cells, phases, run_key, run_of
 from loraloom.sweep.results import spread
 from loraloom.sweep.work import Journal, Worker, chooser, claimed
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
@@ -345,7 +345,7 @@ def test_a_sweep_of_others_is_read_with_bounds(tmp_path: Path) -> None:
     for text, said in (("a0: &a0 [x]\n" + "\n".join(levels), "sweep"), ("seeds: [0]\nseeds: [1]\n", "seeds")):
         (tmp_path / "sweep.yaml").write_text(text)
         with pytest.raises(ValueError, match=said) as caught:
-            read(tmp_path / "sweep.yaml")
+            sweep.read(tmp_path / "sweep.yaml")
         assert "\n" not in str(caught.value)
 
 
