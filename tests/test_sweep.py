@@ -20,7 +20,7 @@ from loraloom.run import bench_of
 from loraloom.store import load
 from loraloom.sweep.operations import groups, operations
 from loraloom.sweep.plan import cells, phases, run_key, run_of
-from loraloom.sweep.results import spread
+from loraloom.sweep.results import spread, summarised
 from loraloom.sweep.work import Journal, Worker, chooser, claimed
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
@@ -263,6 +263,23 @@ def test_tasks_are_merged_at_each_one_s_own_rate(tmp_path: Path, recipe_content:
         (("digits", 0.01), ("fashion-mnist", 0.03))
     }
     assert len({job.key for job in part}) == 8  # the same merge is scored on two tasks
+
+
+def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    """Outcomes written by hand: CoTo is ahead by .1 and .3 on one task, by .2 and .4 on the other."""
+    made = sweep.read(written(tmp_path, recipe_content, tasks=["digits", "fashion-mnist"], rates=[0.01], measure={}))
+    journal = Journal(tmp_path / "out" / "journal")
+    ahead = {("digits", 0): 1, ("digits", 1): 3, ("fashion-mnist", 0): 2, ("fashion-mnist", 1): 4}
+    for job in (job for part in phases(made, lambda cell: 0.01) for job in part):
+        right = 5 + ahead[job.cell.task, job.seed] * (job.cell.arm == "CoTo")
+        scores = dict.fromkeys(job.splits, "1" * right + "0" * (10 - right))
+        journal.put(job, {"scores": scores, "seconds": 1.0, "broken": False, "took": 1.0})
+    (table,) = [
+        one for one in summarised(made, journal, seconds=1, processes=1).panels if one.title == "Over the tasks"
+    ]
+    rows = {row[1]: row[2:] for row in table.rows}
+    assert rows["LoRA"] == (0.5, None, None, None, None, None) and rows["CoTo"][:2] == (0.75, 0.25)
+    assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in ([0.15, 0.35], [0.2, 0.3]) for end in spread(ends)[1:])
 
 
 def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_path: Path) -> None:  # noqa: F811

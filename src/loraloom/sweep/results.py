@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float |
 
 
 def _rounded(*values: float | None) -> tuple[float | None, ...]:
-    return tuple(None if value is None else round(value, 4) for value in values)
+    return tuple(None if value is None else round(float(value), 4) for value in values)
 
 
 class Found:
@@ -63,13 +64,14 @@ class Found:
     def chosen(self) -> list[Cell]:
         """The places with the chosen rate, in order."""
         places = dict.fromkeys((cell.axes, cell.task) for cell in cells(self.sweep))
-        return [self._at(arm, *place) for place in places for arm in self.sweep.arms]
+        return [self.at(arm, *place) for place in places for arm in self.sweep.arms]
 
     def first(self, cell: Cell) -> Cell:
         """The place of the first arm that a place is compared with, at that arm's own choice."""
-        return self._at(next(iter(self.sweep.arms)), cell.axes, cell.task)
+        return self.at(next(iter(self.sweep.arms)), cell.axes, cell.task)
 
-    def _at(self, arm: str, axes: tuple[str, ...], task: str) -> Cell:
+    def at(self, arm: str, axes: tuple[str, ...], task: str) -> Cell:
+        """The place of an arm at its chosen rate."""
         return Cell(arm, axes, task, self.choose(Cell(arm, axes, task, 0.0)))
 
 
@@ -79,6 +81,7 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
     panels: list[Panel] = [_rates(found), _all(found, names)]
     if len(sweep.arms) > 1:
+        panels += [_over_tasks(found, names)] if len(sweep.tasks) > 1 else []
         panels.append(_against(found, names))
     panels += [panel for panel in (_barriers(found),) if panel is not None]
     panels += _paths(found)
@@ -154,6 +157,38 @@ def _against(found: Found, names: Sequence[str]) -> Table:
         tuple(rows),
         note=f"Accuracy minus that of {reference} on the same examples and seeds, each arm at its own chosen rate. "
         "95 % intervals: Student's over seeds, and a paired bootstrap over examples for these seeds.",
+    )
+
+
+def _over_tasks(found: Found, names: Sequence[str]) -> Table:
+    """Means over the tasks, and every arm's gap to the first one."""
+    sweep, reference = found.sweep, next(iter(found.sweep.arms))
+    rows = []
+    for axes, name, arm in product(dict.fromkeys(cell.axes for cell in found.chosen), names, sweep.arms):
+        pairs = [[found.by.get((found.at(a, axes, task), name), {}) for a in (arm, reference)] for task in sweep.tasks]
+        seeds = [seed for seed in sweep.seeds if all(seed in one for pair in pairs for one in pair)]
+        if seeds:
+            means = np.array([[[one[seed].mean() for seed in seeds] for one in pair] for pair in pairs])
+            gaps = means[:, 0] - means[:, 1]  # tasks x seeds
+            told = (gaps.mean(), *spread(gaps.mean(axis=0))[1:], *spread(gaps.mean(axis=1))[1:])
+            where = _where(sweep, Cell(arm, axes, "", 0.0))[:-1]
+            rows.append((*where, name, arm, *_rounded(means[:, 0].mean(), *(told if arm != reference else [None] * 5))))
+    columns = (
+        "measurement",
+        "arm",
+        "mean",
+        f"minus {reference}",
+        "low, seeds",
+        "high, seeds",
+        "low, tasks",
+        "high, tasks",
+    )
+    return Table(
+        "Over the tasks",
+        (*_columns(sweep)[:-1], *columns),
+        tuple(rows),
+        note=f"Accuracy averaged over the {len(sweep.tasks)} tasks. 95 % intervals, both Student's: over seeds, of the "
+        "gap averaged over the tasks; over tasks, of the gap averaged over the seeds (what other tasks would show).",
     )
 
 
