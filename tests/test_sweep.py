@@ -265,6 +265,22 @@ def test_tasks_are_merged_at_each_one_s_own_rate(tmp_path: Path, recipe_content:
     assert len({job.key for job in part}) == 8  # the same merge is scored on two tasks
 
 
+def test_maps_show_the_first_arm_and_the_gaps_to_it(done) -> None:
+    by = {
+        (record["arm"], record["rate"]): record["by_seed"]
+        for record in results(done[1])["records"]
+        if record["measurement"] == "alone"
+    }
+    panels = {panel["title"]: panel for panel in results(done[1])["panels"]}
+    z = panels["alone: CoTo minus LoRA"]["z"][0]
+    for rate, value in zip([0.01, 0.03], z, strict=True):
+        pairs = [
+            (by["CoTo", rate][seed], by["LoRA", rate][seed]) for seed in set(by["CoTo", rate]) & set(by["LoRA", rate])
+        ]
+        assert value == pytest.approx(np.mean([one - other for one, other in pairs]), abs=1e-4)
+    assert "alone: LoRA" in panels and "alone: CoTo" not in panels
+
+
 def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
     """Outcomes written by hand: CoTo is ahead by .1 and .3 on one task, by .2 and .4 on the other."""
     made = sweep.read(written(tmp_path, recipe_content, tasks=["digits", "fashion-mnist"], rates=[0.01], measure={}))

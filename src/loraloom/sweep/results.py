@@ -21,6 +21,7 @@ from loraloom.tasks.metrics import difference
 
 Outcomes = Mapping[int, np.ndarray]  # by first seed: the outcome of every example
 Key = tuple[Cell, str]  # a place of the table and the name of an operation
+Place = tuple[tuple[str, ...], str]  # axes and task
 
 
 def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
@@ -258,24 +259,27 @@ def _paths(found: Found) -> Iterator[Panel]:
 
 
 def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
-    """Where every rate was measured: accuracy by rate, alone and after each operation."""
+    """Where every rate was measured: accuracy by rate, alone and after each operation, and gaps to the first arm."""
     sweep = found.sweep
     if len(sweep.rates) < 2:
         return
-    shown = [name for name in names if sweep.measure.rates == "all" or name == "alone"]
     places = list(dict.fromkeys((cell.axes, cell.task) for cell in found.validation))
-    for name in shown:
+    labels = tuple(", ".join([*axes, task]) for axes, task in places)
+    first = next(iter(sweep.arms))
+
+    def mean(name: str, arm: str, place: Place, rate: float) -> float | None:
+        outcomes = found.by.get((Cell(arm, *place, rate), name), {})
+        return float(np.mean([one.mean() for one in outcomes.values()])) if outcomes else None
+
+    def gap(name: str, arm: str, place: Place, rate: float) -> float | None:
+        told = _gap(*(found.by.get((Cell(one, *place, rate), name)) for one in (arm, first)))
+        return None if told is None else told[0]
+
+    for name in names if sweep.measure.rates == "all" else ["alone"]:
         for arm in sweep.arms:
-            rows = [
-                [found.by.get((Cell(arm, axes, task, rate), name)) for rate in sweep.rates] for axes, task in places
-            ]
-            values = tuple(
-                tuple(None if not one else spread([float(o.mean()) for o in one.values()])[0] for one in row)
-                for row in rows
-            )
-            labels = tuple(", ".join([*axes, task]) for axes, task in places)
-            if any(value is not None for row in values for value in row):
-                yield Heatmap(f"{name}: {arm}", "learning rate", "place", sweep.rates, labels, values)
+            title, value = (f"{name}: {arm}", mean) if arm == first else (f"{name}: {arm} minus {first}", gap)
+            z = tuple(tuple(value(name, arm, place, rate) for rate in sweep.rates) for place in places)
+            yield Heatmap(title, "learning rate", "place", sweep.rates, labels, z)
 
 
 def _time(found: Found) -> Table:
