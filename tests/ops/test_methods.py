@@ -147,17 +147,40 @@ def test_ctm_has_the_rank_of_one_adapter_by_construction():
     assert np.allclose(delta(shared.modules["layers.0.q"]), delta(adapters[0].modules["layers.0.q"]))
 
 
-def test_pico_lowers_what_is_shared_and_keeps_the_norm():
-    u = torch.linalg.qr(torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
-    v = torch.linalg.qr(torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
-    deltas = torch.stack(
-        [torch.outer(u[:, 0], v[:, 3]) + (1 + t / 3) * torch.outer(u[:, t + 1], v[:, t]) for t in range(3)]
-    )
-    plain, calm_ = run("linear", deltas, [1.0] * 3), run("pico", deltas, [1.0] * 3)
-    energy = lambda m, i: float((u[:, i] @ m).norm())  # noqa: E731
-    assert energy(calm_, 0) / energy(calm_, 1) == pytest.approx(energy(plain, 0) / energy(plain, 1) / 3**0.5)
-    assert calm_.norm() == pytest.approx(float(plain.norm()))
-    assert torch.allclose(run("pico", deltas, [1.0] * 3, strength=0.0), plain)
+@pytest.mark.parametrize("seed", range(3))
+def test_pico_is_the_published_calibration_where_factors_are_orthonormal(seed):
+    """With A_t of orthonormal rows the directions of ``[B_1 ... B_k]`` are those of the updates."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    b, a = [draw(10, 2) + draw(10, 1) for _ in range(3)], [torch.linalg.qr(draw(8, 2)).Q.T for _ in range(3)]
+    deltas, mean = torch.stack([x @ y for x, y in zip(b, a, strict=True)]), [1 / 3] * 3
+    want = oracle.pico([x.numpy() for x in b], [y.numpy() for y in a])
+    assert np.allclose(run("pico", deltas, mean), want)
+    size = float(deltas.flatten(1).norm(dim=1).mean())
+    assert run("pico", deltas, mean).norm() == pytest.approx(size)
+    plain = run("linear", deltas, mean)
+    assert torch.allclose(run("pico", deltas, mean, strength=0.0), plain * size / plain.norm())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_ctm_keeps_the_most_of_the_evened_updates(beta):
+    """No turn of U or V, and no other start, keeps more; it is well above what the plain singular vectors keep."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([5.0, 1.0, 0.2], dtype=torch.float64)[:, None, None]
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    deltas = torch.stack([draw(12, 3) @ draw(3, 9) for _ in range(3)]) * sizes
+    norms = deltas.flatten(1).norm(dim=1)
+    aims = deltas * ((beta * norms + (1 - beta) * norms.mean()) / norms)[:, None, None]
+    energy = lambda u, v: float((u.T @ aims @ v).square().sum())  # noqa: E731
+    got = torch.linalg.svd(run("ctm", deltas, [1.0, 0.3, 2.0], beta=beta))
+    u, v = got.U[:, :3], got.Vh[:3].T
+    assert got.S[3] < 1e-9 * got.S[0]
+    kept = energy(u, v)
+    best_u = torch.linalg.svd(torch.cat(list(aims @ v), dim=1)).U[:, :3]
+    best_v = torch.linalg.svd(torch.cat(list(aims.mT @ u), dim=1)).U[:, :3]
+    assert energy(best_u, v) <= kept * (1 + 1e-5) and energy(u, best_v) <= kept * (1 + 1e-5)
+    plain = torch.linalg.svd(torch.cat(list(deltas), dim=1)).U[:, :3], torch.linalg.svd(deltas.flatten(0, 1)).Vh[:3].T
+    assert kept > energy(*plain) * (1 if beta == 1 else 1.02)
 
 
 def test_lego_gives_back_clusters_that_are_there():
@@ -170,6 +193,15 @@ def test_lego_gives_back_clusters_that_are_there():
     assert torch.cdist(got, units).min(dim=1).values.max() < 0.05
     assert run("lego", noisy, [0.25] * 4, clusters=7).shape == (7, 12)
     assert not run("lego", 0 * noisy, [0.25] * 4).any()
+
+
+def test_lego_brings_centroids_to_the_largest_entries_and_the_update_to_its_rank():
+    """Two adapters of two units: one cluster of three units and one of one; then as many clusters as units."""
+    deltas = torch.tensor([[[4.0, 0.0, 3.0], [0.0, 2.0, 0.0]], [[4.0, 1.0, 0.0], [3.0, 0.0, 0.0]]]).double()
+    mean = torch.tensor([11.0, 1.0, 3.0]).double() / 3
+    want = torch.stack([mean * (11 / 3) / mean.max(), deltas[0, 1]])
+    assert torch.allclose(run("lego", deltas, [0.5, 0.5]), want)
+    assert torch.allclose(run("lego", deltas, [0.5, 0.5], clusters=4), deltas.flatten(0, 1) * 0.5**0.25)
 
 
 @pytest.mark.parametrize("name", ["dare", "fisher", "lego", "nothing"])

@@ -84,8 +84,8 @@ def iso_c(d, w):
 
 def iso_cts(d, w, common=0.8):
     u, s, vh = svd(sum(x * m for m, x in zip(d, w, strict=True)))
-    c = round(common * len(s))
-    own = (len(s) - c) // len(d)
+    own = min(round((len(s) - int(common * len(s))) / len(d)), len(s) // len(d))
+    c = len(s) - own * len(d)
     left, values, right = [u[:, :c]], [s[:c]], [vh[:c].T]
     for m, x in zip(d, w, strict=True):
         a, b, e = svd(x * m - u[:, :c] @ (u[:, :c].T @ (x * m)))
@@ -108,6 +108,14 @@ def cart(d, w, density=0.1, gain=1.0):
             r = int(np.ceil(density * len(s)))
             total = total + len(d) * gain * x * (u[:, :r] * s[:r]) @ vh[:r]
     return total
+
+
+def pico(b, a):
+    """The mean of the calibrated updates at the mean norm (Tang and Yang 2026), from the factors."""
+    u, s, _ = np.linalg.svd(np.hstack(b), full_matrices=False)
+    shrink = np.eye(len(u)) + u * (1 / (1 + (len(b) - 1) * s**2 / (s**2).sum()) - 1) @ u.T
+    merged = sum(shrink @ x @ y for x, y in zip(b, a, strict=True)) / len(b)
+    return merged * np.mean([np.linalg.norm(x @ y) for x, y in zip(b, a, strict=True)]) / np.linalg.norm(merged)
 
 
 def slerp(d, w):

@@ -13,8 +13,10 @@ from typing import Any
 from loraloom.adapter import Factors
 
 
-def note(record: dict[str, Any], name: str, error: float, result: Factors) -> None:
+def note(record: dict[str, Any], name: str, error: float, result: Factors, asked: float | None = None) -> None:
     """Enter one module: the result is an orthogonal projection of what was asked for, at a relative error.
+
+    The norm of what was asked for follows from the result and the error where ``asked`` does not tell it.
 
     Example:
         >>> import torch
@@ -24,7 +26,9 @@ def note(record: dict[str, Any], name: str, error: float, result: Factors) -> No
         {'error': {'fc': 0.6}, 'norm': {'fc': 5.0}}
     """
     record.setdefault("error", {})[name] = error
-    record.setdefault("norm", {})[name] = result.norm() / math.sqrt(max(1 - error**2, 1e-30))
+    record.setdefault("norm", {})[name] = (
+        result.norm() / math.sqrt(max(1 - error**2, 1e-30)) if asked is None else asked
+    )
 
 
 def chained(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> tuple[float, float]:

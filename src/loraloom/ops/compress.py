@@ -84,13 +84,15 @@ def compress(
 
     def read(name: str) -> Factors:
         factors = adapter.modules[name]
+        asked = None
         if name in ranks and ranks[name] == factors.rank:
             small, error = factors, 0.0
         else:
             found = spectrum(factors)
+            asked = float(found.values.norm())
             wanted = ranks[name] if name in ranks else _enough(found.values.square().tolist(), energy or 1.0)
             small, error = (factors, 0.0) if wanted == factors.rank else found.cut(wanted)
-        note(record, name, error, small)
+        note(record, name, error, small, asked)
         return small
 
     names = tuple(ranks) or tuple(adapter.modules)

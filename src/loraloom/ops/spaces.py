@@ -25,9 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Basis, Factors, Shape, UnsupportedKind, basis, concat, is_finite, padded, truncate
+from loraloom.adapter import Factors, Shape, UnsupportedKind, concat, is_finite, padded, truncate
 from loraloom.ops.dense import low_rank
+from loraloom.ops.joint import Stacked
 from loraloom.ops.products import Product, Products, Updates
+from loraloom.ops.spectrum import triples
 
 Combine = Callable[..., Tensor]  # a method with its knobs bound: (stack, weights) -> tensor
 Parts = Sequence[Factors | None]  # one module of every adapter; None where an adapter has no such module
@@ -189,80 +191,95 @@ def _product(part: Factors, working: torch.dtype) -> Product:
 
 
 class _Joint(NamedTuple):
-    """Bases of all updates of one module: ``U = B @ left`` and ``V = A^T @ right`` have orthonormal columns."""
+    """The factors of all adapters, and the singular vectors of their updates."""
 
-    B: Tensor  # out x R, the factors of all adapters, side by side
-    A: Tensor  # R x in
-    left: Tensor  # R x p
-    right: Tensor  # R x q
-    values: Tensor  # the p singular values of [D_1 ... D_k]
-    cores: list[Tensor | None]  # U^T D_t V, p x q; None for an adapter without the module
+    B: Tensor  # out x R, side by side
+    A: Tensor  # R x in, on top of each other
+    of_b: Stacked
+    of_a: Stacked
+    blocks: list[tuple[float, slice] | None]  # scale and place of each adapter's part; None where it has none
+
+    def roots(self, of: Stacked) -> list[Tensor]:
+        """Roots of each update's factors of one kind, times its scale."""
+        used = [block for block in self.blocks if block is not None]
+        found = of.roots([part.stop - part.start for _, part in used])
+        return [scale * root for (scale, _), root in zip(used, found, strict=True)]
 
 
 def _joint(parts: Parts, request: Request) -> _Joint:
-    """Left and right singular vectors of all updates, side by side and on top of each other, from small matrices.
-
-    With ``B = Q_b R_b`` and ``A^T = Q_a R_a`` for the stacked factors, ``D_t = Q_b (s_t R_bt R_at^T) Q_a^T``. The SVD
-    of the small matrices side by side gives U, that of them on top of each other V.
-    """
     present = [part for part in parts if part is not None]
     _, working = _types(present)
     b = torch.cat([part.B.to(working) for part in present], dim=1)
     a = torch.cat([part.A.to(working) for part in present], dim=0)
     _check_finite(request.name, b, a)
-    of_b, of_a = basis(b), basis(a.T)
-    ranks = [part.rank for part in present]
-    small = [
-        part.scale * left @ right.T
-        for part, left, right in zip(present, of_b.root.split(ranks, 1), of_a.root.split(ranks, 1), strict=True)
-    ]
-    exact = working == torch.float64
-    u, values = _directions(small, of_b, exact)
-    v, _ = _directions([core.T for core in small], of_a, exact)
-    cores = iter(u.T @ core @ v for core in small)
-    return _Joint(b, a, of_b.map @ u, of_a.map @ v, values, [None if part is None else next(cores) for part in parts])
-
-
-def _directions(small: Sequence[Tensor], within: Basis, exact: bool) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of the matrices side by side; those of rounding are left out."""
-    wide = torch.cat(list(small), dim=1)
-    if wide.shape[1] > wide.shape[0]:  # the same left vectors from a square matrix
-        wide = torch.linalg.qr(wide.T, mode="r").R.T
-    u, s, _ = torch.linalg.svd(wide, full_matrices=False)
-    kept = s > (1e-13 if exact else 3e-7) * (s.max() if s.numel() else 0)
-    return u[:, kept], s[kept]
+    blocks: list[tuple[float, slice] | None] = []
+    end = 0
+    for part in parts:
+        blocks.append(None if part is None else (part.scale, slice(end, end + part.rank)))
+        end += 0 if part is None else part.rank
+    return _Joint(b, a, Stacked(b), Stacked(a.T), blocks)
 
 
 def in_core(parts: Parts, request: Request) -> tuple[Factors, float | None]:
-    """The method on the coordinates of the updates in joint bases; nothing is lost on the way there and back."""
+    """The method on the coordinates of the updates in joint bases; nothing is lost on the way there and back.
+
+    ``D_t = s_t B_t A_t`` is ``(U^T B_t) s_t (A_t V)`` there. A weighted sum is the same in any basis: it takes the way
+    of ``delta``.
+    """
+    if request.linear:
+        return _summed(parts, request)
     joint = _joint(parts, request)
+    left, right = joint.of_b.singular(joint.roots(joint.of_a)), joint.of_a.singular(joint.roots(joint.of_b))
     working = joint.B.dtype
-    zero = joint.B.new_zeros(joint.left.shape[1], joint.right.shape[1])
-    stack = torch.stack([zero if core is None else core.to(working) for core in joint.cores])
-    merged = _combined(stack, request) if stack.numel() else zero
-    u, s, vh = torch.linalg.svd(merged.double(), full_matrices=False)
-    root = s.sqrt()
-    b = joint.B @ (joint.left @ u * root).to(working)
-    a = (root[:, None] * vh @ joint.right.T).to(working) @ joint.A
-    total, tail = float(s.norm()), float(s[request.rank :].norm())
-    error = tail / total if request.cut and total > 0 else 0.0 if request.cut else None
-    return _assembled(parts, request, b[:, : request.rank], a[: request.rank]), error
+    stack = torch.zeros(len(parts), len(left.values), len(right.values), dtype=working, device=joint.B.device)
+    for core, block in zip(stack, joint.blocks, strict=True):
+        if block is not None:
+            scale, at = block
+            core.copy_(scale * left.rows[:, at] @ right.rows[:, at].T)
+    merged = _combined(stack, request) if stack.numel() else stack[0]
+    found = triples(merged, joint.of_b.tolerance)
+    root = found.values[: request.rank].sqrt()
+    b = joint.B @ (left.map @ found.left[:, : request.rank] * root).to(working)
+    a = (right.map @ found.right[:, : request.rank] * root).T.to(working) @ joint.A
+    return _assembled(parts, request, b, a), _tail(found.values, request)
+
+
+def _summed(parts: Parts, request: Request) -> tuple[Factors, float | None]:
+    """The weighted sum, of no more directions than there are."""
+    whole = sum(part.rank for part in parts if part is not None)
+    return in_delta(parts, replace(request, cut=request.cut or whole > request.rank))
+
+
+def _tail(values: Tensor, request: Request) -> float | None:
+    """The relative error of a cut to the rank that was asked for, from all singular values."""
+    if not request.cut:
+        return None
+    total = float(values.norm())
+    return float(values[request.rank :].norm()) / total if total > 0 else 0.0
 
 
 def in_knots(parts: Parts, request: Request) -> tuple[Factors, float | None]:
-    """The method on the right parts ``V_t = S^-1 U^T D_t``; the result is ``U S`` times what it gives."""
+    """The method on the right parts ``V_t = S^-1 U^T s_t B_t A_t``; the result is ``U S`` times what it gives."""
+    if request.linear:
+        return _summed(parts, request)
     joint = _joint(parts, request)
     working = joint.B.dtype
-    inverse = joint.right.T  # q x R: V^T = inverse @ A
-    rows = [
-        joint.A.new_zeros(joint.left.shape[1], joint.A.shape[1])
-        if core is None
-        else ((core / joint.values[:, None]) @ inverse).to(working) @ joint.A
-        for core in joint.cores
-    ]
-    stack = torch.stack(rows)
+    left = joint.of_b.singular(joint.roots(joint.of_a))
+    stack = joint.A.new_zeros(len(parts), len(left.values), joint.A.shape[1])
+    for row, block in zip(stack, joint.blocks, strict=True):
+        if block is not None:
+            scale, at = block
+            torch.mm((scale * left.rows[:, at] / left.values[:, None]).to(working), joint.A[at], out=row)
     merged = _combined(stack, request, _stacked(request.statistics, stack)) if stack.numel() else stack[0]
-    return _fitted(parts, request, joint.B @ (joint.left * joint.values).to(working), merged)
+    del stack
+    if len(merged) <= request.rank:
+        whole = joint.B @ (left.map * left.values).to(working)
+        return _assembled(parts, request, whole, merged), 0.0 if request.cut else None
+    right = Stacked(merged.T).singular([torch.diag(left.values)])  # of S @ merged
+    root = right.values[: request.rank].sqrt()
+    b = joint.B @ (left.map * left.values @ right.rows[: request.rank].T / root).to(working)
+    a = (right.map[:, : request.rank] * root).T.to(working) @ merged
+    return _assembled(parts, request, b, a), _tail(right.values, request)
 
 
 def in_units(parts: Parts, request: Request) -> tuple[Factors, float | None]:

@@ -18,10 +18,11 @@ def iso_cts(
 ) -> Float[Tensor, " m n"]:
     """Flat spectrum over common and task-specific directions (Iso-CTS: Marczak et al. 2025).
 
-    Of the weighted sum, of numerical rank R, the ``round(common * R)`` largest singular triples are the common ones.
-    What they leave of each update, ``w_t (D_t - U_c U_c^T D_t)``, gives its ``(R - c) // k`` largest triples. All left
-    vectors together, and all right ones, are replaced by the nearest orthonormal sets; every singular value becomes
-    the mean of all.
+    The weighted sum has the numerical rank R. Each update gets ``o = round((R - int(common * R)) / k)`` directions of
+    its own (of halves the even one, at most R // k), the ``c = R - k o`` largest singular triples of the sum are the
+    common ones: the authors' division, so that R directions are used. What the common ones leave of an update,
+    ``w_t (D_t - U_c U_c^T D_t)``, gives its o largest triples. All left vectors together, and all right ones, are
+    replaced by the nearest orthonormal sets; every singular value becomes the mean of all.
 
     Args:
         deltas: the k updates, stacked.
@@ -40,8 +41,9 @@ def iso_cts(
         raise ValueError(f"common must be in (0, 1], got {common}")
     whole = triples(torch.tensordot(weights, deltas, dims=1))
     rank = len(whole.values)
-    shared = whole.first(round(common * rank))
-    found, own = [shared], (rank - len(shared.values)) // len(deltas)
+    own = min(round((rank - int(common * rank)) / len(deltas)), rank // len(deltas))
+    shared = whole.first(rank - len(deltas) * own)
+    found = [shared]
     for delta, weight in zip(deltas, weights, strict=True):
         update = float(weight) * delta.double()
         rest = update - shared.left @ (shared.left.T @ update)
@@ -49,6 +51,6 @@ def iso_cts(
     values = torch.cat([one.values for one in found])
     if not len(values):
         return torch.zeros_like(deltas[0])
-    left = polar(torch.cat([one.left for one in found], dim=1))
-    right = polar(torch.cat([one.right for one in found], dim=1))
+    left = polar(torch.cat([one.left for one in found], dim=1).to(deltas.dtype))
+    right = polar(torch.cat([one.right for one in found], dim=1).to(deltas.dtype))
     return (values.mean() * left @ right.T).to(deltas.dtype)

@@ -22,11 +22,13 @@ def lego(
 ) -> Float[Tensor, " p n"]:
     """Rank-one units of all adapters are clustered; centroids are those of the result (LoRA-LEGO: Zhao et al. 2025).
 
-    A unit is a row ``[b_i, a_i]``. The units that are not zero go through k-means, weighted by their adapters' weights,
-    from centres that are far apart (each the unit farthest from those before; the first is the longest), so nothing is
-    drawn. Averages are shorter than their members: each centroid gets the weighted mean length of its members. The
-    result is times sqrt(sum of weights) in both factors, so its update is of the size of the weighted sum's share. What
-    the paper calls dual reweighting is not otherwise followed: only its abstract was at hand.
+    A unit is a row ``[b_i, a_i]``, the root of the adapter's scale in both. The units that are not zero go through
+    k-means, weighted by their adapters' weights. Averages are smaller than their members: each centroid is brought to
+    the weighted mean of its members' largest absolute entries (parameter reweighting), and the update of p clusters is
+    multiplied by ``sqrt(r / p)``, r the largest number of units of an adapter (output reweighting), and by the sum of
+    the weights. No code of the authors is public: two of three reimplementations agree on all of this; the third, and
+    only it, has the number of all units for r. Where they draw first centres, here these are units that are far apart
+    (each the one farthest from those before; the first is the longest), so nothing is drawn.
 
     Twice the weights multiply the rows by sqrt(2), the update by 2, and rows come in the order of the adapters: the
     laws ``scaling`` and ``order`` are about rows.
@@ -54,7 +56,6 @@ def lego(
     rows = deltas.flatten(0, 1).double()
     used = (rows.norm(dim=1) > 0) & (shares > 0)
     rows, shares = rows[used], shares[used]
-    scale = float(weights.sum()) ** 0.5
     if len(rows) <= wanted:
         wanted = max(len(rows), 1)
         if not len(rows):
@@ -64,10 +65,17 @@ def lego(
     member = torch.nn.functional.one_hot(torch.from_numpy(found.labels_).long(), wanted).to(rows)
     mass = member.T * shares  # clusters x units
     whole = mass.sum(dim=1, keepdim=True).clamp(min=1e-300)
-    mean, length = mass @ rows / whole, mass @ rows.norm(dim=1, keepdim=True) / whole
-    result = mean * (length / mean.norm(dim=1, keepdim=True).clamp(min=1e-300))
+    mean, largest = mass @ rows / whole, mass @ _largest(rows) / whole
+    result = mean * (largest / _largest(mean).clamp(min=1e-300))
+    most = int(used.view(len(deltas), -1).sum(dim=1).max())
+    scale = float(weights.sum()) ** 0.5 * (most / wanted) ** 0.25  # in both factors of the update
     order = member.argmax(dim=0).argsort(stable=True)  # by the first member, so that one adapter stays as it is
     return (scale * result[order]).to(deltas.dtype)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest absolute entry of every row, as a column."""
+    return rows.abs().amax(dim=1, keepdim=True)
 
 
 def _spread(rows: Tensor, count: int) -> list[int]:

@@ -16,21 +16,21 @@ def pico(
     weights: Float[Tensor, " k"],
     *,
     inner: str = "linear",
-    strength: float = 0.5,
+    strength: float = 1.0,
 ) -> Float[Tensor, " m n"]:
     """Calibrate shared output directions, merge, rescale (Pico: Tang and Yang 2026).
 
-    The output directions are the left singular vectors u_i of ``[D_1 ... D_k]``. The energies ``e_t = |u_i^T D_t|^2``
-    say how many updates share one: ``n_i = (sum e_t)^2 / sum e_t^2``, from 1 to k. Every update is multiplied by
-    ``n_i ** -strength`` along u_i, the calibrated updates are merged by another method, and the result gets the norm
-    that this method gives without calibration. The paper's abstract says this much; the measure n and the power are
-    ours.
+    The output directions are the left singular vectors u_i of ``[D_1 ... D_k]``, and ``c_i = s_i^2 / sum_j s_j^2`` is
+    how crowded each is. Along u_i every update is multiplied by ``1 / (1 + strength (T - 1) c_i)``, T the number of
+    updates that are not zero; the calibrated updates are merged by another method, and the result is brought to the
+    norm ``sum_t |w_t| |D_t|``, with weights 1/k the mean norm of the updates. So do the authors, but that they take
+    u_i and s_i from ``[B_1 ... B_k]``, which depends on the gauge of the factors, and have no weights.
 
     Args:
         deltas: the k updates, stacked.
         weights: one weight per update, for the inner method.
         inner: the merge method in between, one that neither draws nor needs statistics.
-        strength: 0 changes nothing; 0.5 makes k aligned updates count as much as k at right angles.
+        strength: 1 is the paper's; 0 calibrates nothing.
 
     Raises:
         ValueError: ``strength`` is negative, or ``inner`` is no such method.
@@ -39,16 +39,17 @@ def pico(
         >>> both = torch.diag(torch.tensor([1.0, 0.0, 0.0]))
         >>> a, b = both + torch.diag(torch.tensor([0.0, 1.0, 0.0])), both + torch.diag(torch.tensor([0.0, 0.0, 1.0]))
         >>> pico(torch.stack([a, b]), torch.tensor([0.5, 0.5])).diagonal()
-        tensor([0.8660, 0.6124, 0.6124])
+        tensor([1.0783, 0.6470, 0.6470])
     """
     if strength < 0:
         raise ValueError(f"strength must be at least 0, got {strength}")
     method = inner_method(inner)
-    plain = method(deltas, weights)
-    left = triples(torch.cat(list(deltas), dim=1)).left.to(deltas.dtype)
-    energy = torch.stack([(left.T @ delta).square().sum(dim=1) for delta in deltas])
-    shared = energy.sum(dim=0).square() / energy.square().sum(dim=0).clamp(min=torch.finfo(energy.dtype).tiny)
-    less = (left * (1 - shared.clamp(min=1) ** -strength)) @ left.T
+    found = triples(torch.cat(list(deltas), dim=1))
+    left, energy = found.left.to(deltas.dtype), found.values.square().to(deltas.dtype)
+    norms = deltas.flatten(1).norm(dim=1)
+    others = max(int((norms > 0).sum()) - 1, 0)
+    kept = 1 / (1 + strength * others * energy / energy.sum()) if len(energy) else energy
+    less = (left * (1 - kept)) @ left.T
     merged = method(torch.stack([delta - less @ delta for delta in deltas]), weights)
     size = float(merged.norm())
-    return merged * (float(plain.norm()) / size) if size > 0 else merged
+    return merged * (float(weights.abs() @ norms) / size) if size > 0 else merged

@@ -18,7 +18,8 @@ def tsv_m(
 
     Of every update the ``ceil(density * rank)`` largest singular triples stay. The left vectors of all are put side by
     side and replaced by the nearest orthonormal set (polar factor ``U V^T``), so are the right ones; the result is
-    ``U_o diag(w_1 S_1, ..., w_k S_k) V_o^T``. The paper keeps 1/k of a full-rank update; updates of low rank fit whole.
+    ``U_o diag(w_1 S_1, ..., w_k S_k) V_o^T``. The authors' code keeps ``n // k`` triples of an n x n update; of core
+    matrices, n the sum of the ranks, that is all there are.
 
     Args:
         deltas: the k updates, stacked.
@@ -33,7 +34,7 @@ def tsv_m(
     """
     found = [triples(delta) for delta in deltas]
     found = [one.first(-int(-density * len(one.values) // 1)) for one in found]
-    left = polar(torch.cat([one.left for one in found], dim=1))
-    right = polar(torch.cat([one.right for one in found], dim=1))
+    left = polar(torch.cat([one.left for one in found], dim=1).to(deltas.dtype))
+    right = polar(torch.cat([one.right for one in found], dim=1).to(deltas.dtype))
     values = torch.cat([float(weight) * one.values for weight, one in zip(weights, found, strict=True)])
     return ((left * values) @ right.T).to(deltas.dtype)
