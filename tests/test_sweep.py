@@ -140,7 +140,7 @@ def test_the_rate_is_chosen_on_validation_of_the_tuning_seeds(table: Path, tmp_p
     for job in next(phases(made, lambda cell: cell.rate)):
         right = value[job.cell.arm, job.cell.rate]
         scores = {"test": "1" * (5 - right) + "0" * right, "validation": "1" * right + "0" * (5 - right)}
-        journal.put(job, {"scores": scores, "took": 1.0})
+        journal.put(job, {"scores": scores, "seconds": 1.0, "broken": False, "took": 1.0})
     choose = chooser(made, journal)
     assert [choose(cell) for cell in cells(made)] == [0.03, 0.01, 0.03, 0.01]  # equal ones: the smallest
 

@@ -33,7 +33,7 @@ from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.tasks.hub import HubTask
-from loraloom.untrusted import parse_yaml, read_yaml, short, word
+from loraloom.untrusted import parse_yaml, read_mapping, short, word
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -209,12 +209,7 @@ def read_task(text: str) -> Any:
     path = Path(text)
     if text.startswith("lm_eval:") or path.suffix not in (".yaml", ".yml"):
         return text
-    if not path.is_file():
-        raise FileNotFoundError(f"task {path}: no such file")
-    content = read_yaml(path, f"task {path}")
-    if not isinstance(content, Mapping):
-        raise ValueError(f"task {path}: a mapping of keys is needed, got {type(content).__name__}")
-    return task_of(content)
+    return task_of(read_mapping(path, "task"))
 
 
 class Recipe(_Strict):
@@ -317,12 +312,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> bundled_recipe("demo/coto.yaml").strategy.curve
         'linear'
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe {path}: no such file")
-    content = read_yaml(path, f"recipe {path}")
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path}: a mapping of keys is needed, got {type(content).__name__}")
+    content = read_mapping(path, "recipe")
     for override in overrides:
         _set(content, override)
     return parse(content, source=f"recipe {path}")

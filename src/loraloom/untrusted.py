@@ -96,6 +96,31 @@ def read_yaml(path: Path, where: object = None) -> Any:
     return parse_yaml(text, where)
 
 
+def read_mapping(path: str | Path, what: str) -> dict[Any, Any]:
+    """The keys and values of a YAML file of one mapping, such as a recipe.
+
+    Args:
+        path: the file.
+        what: what messages call it, before its path.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or no mapping.
+
+    Example:
+        >>> read_mapping("nowhere.yaml", "recipe")
+        Traceback (most recent call last):
+        FileNotFoundError: recipe nowhere.yaml: no such file
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {path}: no such file")
+    content = read_yaml(path, f"{what} {path}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {path}: a mapping of keys is needed, got {type(content).__name__}")
+    return content
+
+
 def short(value: object, most: int = 80) -> str:
     """A value for a message: on one line, and cut where it is long.
 

@@ -94,6 +94,21 @@ def damaged_json(data: bytes, chance: random.Random) -> bytes:
     return text.encode()
 
 
+def damaged_lines(data: bytes, chance: random.Random) -> bytes:
+    """A file of one JSON text a line: a line damaged, gone, there twice or moved, or other bytes."""
+    lines = data.splitlines(keepends=True)
+    at, how = chance.randrange(len(lines)), chance.randrange(6)
+    if how == 0:
+        return damaged_bytes(data, chance)
+    if how == 1:
+        del lines[at]
+    elif how == 2:
+        lines.insert(chance.randrange(len(lines)), lines[at])
+    else:
+        lines[at] = damaged_json(lines[at], chance) + b"\n"
+    return b"".join(lines)
+
+
 def damaged_yaml(data: bytes, chance: random.Random) -> bytes:
     """A YAML file with other values, lines moved, an alias bomb, or other bytes."""
     how = chance.randrange(10)

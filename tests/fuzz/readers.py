@@ -9,7 +9,6 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +17,10 @@ import torch
 import yaml
 
 import loraloom as ll
-from fuzz.mutate import damaged_bytes, damaged_json, damaged_tensors, damaged_yaml
+from fuzz.folders import FOLDERS
+from fuzz.journals import JOURNALS
+from fuzz.mutate import damaged_bytes, damaged_json, damaged_lines, damaged_tensors, damaged_yaml
+from fuzz.reader import Reader
 from loraloom import recipe, report
 from loraloom.adapter import Adapter, Factors
 from loraloom.checkpoint import Checkpoint
@@ -28,23 +30,6 @@ from loraloom.masks import load_mask, save_mask, support
 from loraloom.measured import Statistics, load_statistics, save_statistics
 from loraloom.packages import Package, unpack
 from loraloom.store import load, save
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One kind of input.
-
-    Attributes:
-        make: writes a whole example into an empty folder.
-        read: reads it from there to the end.
-        further: what costs more, for one case in ten.
-        command: the same on the command line, in that folder; empty if there is none.
-    """
-
-    make: Callable[[Path], object]
-    read: Callable[[Path], object]
-    further: Callable[[Path], object] = lambda folder: None
-    command: tuple[str, ...] = ()
 
 
 def adapter(modules: int = 2, seed: int = 0, **config: Any) -> Adapter:
@@ -221,8 +206,11 @@ READERS: dict[str, Reader] = {
     "seal": Reader(sealed, is_whole),
     "wheel": Reader(wheel, package_in),
     "tar": Reader(tarred, package_in),
+    **JOURNALS,
+    **FOLDERS,
 }
-DAMAGE = {".json": damaged_json, ".yaml": damaged_yaml, ".safetensors": damaged_tensors}
+LINES = {".jsonl": damaged_lines, ".part": damaged_lines}
+DAMAGE = {".json": damaged_json, ".yaml": damaged_yaml, ".safetensors": damaged_tensors, **LINES}
 
 
 def damage(folder: Path, chance: random.Random) -> str:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loraloom.adapter import Adapter
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.peft import attached
 from loraloom.registry import UnknownName
 from loraloom.tasks.metrics import Estimate
+from loraloom.untrusted import parse_yaml
 
 PREFIX = "lm_eval:"
 _WITHIN = 1.96  # standard errors to either end of a 95 % interval
@@ -100,8 +99,8 @@ def _asked(task: str) -> tuple[str, str, str | None]:
     if not path.is_file():
         raise FileNotFoundError(f"task {path}: no such file")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]
-    named = yaml.safe_load(lines[0]) if lines else None
-    if not isinstance(named, dict) or not isinstance(named["task"], str):
+    named = parse_yaml(lines[0], f"task {path}") if lines else None
+    if not isinstance(named, dict) or not isinstance(named.get("task"), str):
         raise ValueError(f"task {path}: a task of lm-evaluation-harness has a line `task: NAME`")
     return named["task"], wanted, str(path.parent)
 

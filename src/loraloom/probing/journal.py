@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Mapping
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
+
+from loraloom.untrusted import MOST_JSON, is_number, parse_json
 
 SUFFIX = ".part"
 
@@ -49,6 +52,9 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BufferedRandom = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         try:
+            found = os.fstat(self._file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_JSON:
+                raise ValueError(f"{path} is damaged: no file, or one of more than {MOST_JSON} bytes; remove it")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read(json.loads(json.dumps(request)), fresh)
         except BlockingIOError:
@@ -88,11 +94,14 @@ class Journal:
         whole, end, _ = self._file.read().rpartition(b"\n")
         lines = whole.split(b"\n") if end else []
         try:
-            entries = [json.loads(line) for line in lines]
+            entries = [parse_json(line, self.path) for line in lines]
             held = entries[0]["request"] if entries else None
             if held == request:
                 self._marks = {one["mark"]: one["is"] for one in entries[1:] if "mark" in one}
-                self.known = {one["of"]: float(one["score"]) for one in entries[1:] if "mark" not in one}
+                told = {one["of"]: one["score"] for one in entries[1:] if "mark" not in one}
+                self.known = {str(of): float(score) for of, score in told.items()}
+                if not all(map(is_number, told.values())) or not all(isinstance(of, str) for of in told):
+                    raise ValueError("a score is no number")
         except (ValueError, TypeError, LookupError, AttributeError):
             if not fresh:
                 raise ValueError(f"{self.path} is damaged; remove it to begin anew") from None

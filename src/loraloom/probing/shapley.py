@@ -12,6 +12,7 @@ from loraloom.probing.asking import asked
 from loraloom.probing.naming import passes_row
 from loraloom.report import Bars, Heatmap, Report, Series, Table
 from loraloom.strategies.units import layer, role
+from loraloom.untrusted import is_number, short, word
 
 
 def shapley_report(
@@ -137,6 +138,6 @@ def scores_in(held: Mapping[str, Any], where: str, least: float = -math.inf) -> 
             raise ValueError(f"{where}: units and values must be lists of one length")
         scores = dict(zip(map(str, units), values, strict=True))
     for unit, score in scores.items():
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"{where}: score of {unit} is {score!r}; scores must be finite numbers")
+        if not is_number(score):
+            raise ValueError(f"{where}: score of {word(unit)} is {short(score)}; scores must be finite numbers")
     return {unit: max(score, least) for unit, score in scores.items()} if listed else scores

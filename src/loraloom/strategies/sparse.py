@@ -62,6 +62,9 @@ class LoRI:
             raise ValueError(f"seed must be a whole number in [0, 2**64), got {self.seed!r}")
         if isinstance(self.start, str) and self.start not in STARTS:
             raise UnknownName("start", self.start, list(STARTS))
+        for mask in (*([] if self.mask is None else [self.mask]), *self.protect):
+            if not isinstance(mask, Mask):
+                raise ValueError(f"a mask is a Mask, as calibrate or Mask.of makes one, got {type(mask).__name__}")
         if self.start == "reuse" and self.mask is not None and not self.mask.provenance.get("a"):
             raise ValueError(
                 "the mask does not tell the A of the adapter that it was calibrated from; "

@@ -21,7 +21,7 @@ from loraloom.recipe import read as read_recipe
 from loraloom.sweep.operations import ALONE, BASE, Operation, groups, operations, tried
 from loraloom.sweep.table import Sweep
 from loraloom.tasks import tasks
-from loraloom.untrusted import read_yaml
+from loraloom.untrusted import read_mapping
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,7 @@ def read(path: str | Path) -> Sweep:
         ValueError: not YAML, an unknown key or an impossible value; one line says which and what is allowed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"sweep {path}: no such file")
-    content = read_yaml(path, f"sweep {path}")
-    if not isinstance(content, dict):
-        raise ValueError(f"sweep {path}: a mapping of keys is needed, got {type(content).__name__}")
+    content = read_mapping(path, "sweep")
     try:
         found = Sweep.model_validate(content)
     except ValidationError as error:

@@ -13,6 +13,7 @@ measure:
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from loraloom.recipe import Recipe
 
-Rate = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
+MOST_RUNS, MOST_JOBS = 100_000, 1_000_000
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -47,7 +49,7 @@ class Tasks(_Strict):
 class Merge(Tasks):
     """A merge of adapters of one task and as many seeds as there are weights."""
 
-    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=2)]
+    weights: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=2)]
 
 
 class Prune(_Strict):
@@ -104,7 +106,7 @@ class Sweep(_Strict):
     tuned_on: tuple[Seed, ...] = ()
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     limit: Count | None = None
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     measure: Measure = Measure()
     _runs: dict[Any, Recipe] = PrivateAttr(default_factory=dict)  # made once, asked for often
 
@@ -124,9 +126,21 @@ class Sweep(_Strict):
         most = max([2 * bool(self.measure.interpolate), *(len(one.weights) for one in self.measure.merge)])
         if most > len(self.seeds):
             raise ValueError(f"measure needs {most} seeds for what it combines; there are {len(self.seeds)}")
+        self._check_size()
         if self.measure.tasks and len(self.tasks) < 2:
             raise ValueError("measure.tasks merges the adapters of several tasks; tasks has fewer than two")
         return self
+
+    def _check_size(self) -> None:
+        parts = (self.arms, self.rates, self.seeds, self.tasks or (None,), *self.axes.values())
+        runs, asked = prod(map(len, parts)), self.measure
+        if runs > MOST_RUNS:
+            raise ValueError(f"arms, rates, seeds, tasks and axes make {runs} runs; at most {MOST_RUNS} are allowed")
+        points = len(asked.interpolate.at) * len(asked.interpolate.spaces) if asked.interpolate else 0
+        draws = len(asked.coalitions.off) * asked.coalitions.draws if asked.coalitions else 0
+        each = 1 + points + draws + len(asked.merge) + len(asked.tasks) + len(asked.prune)
+        if runs * each > MOST_JOBS:
+            raise ValueError(f"measure makes up to {runs * each} jobs; at most {MOST_JOBS} are allowed")
 
 
 def _is_number(text: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -31,7 +32,7 @@ from loraloom.store import load
 from loraloom.sweep.operations import operations
 from loraloom.sweep.plan import Cell, Job, phases, run_key
 from loraloom.sweep.table import Sweep
-from loraloom.untrusted import read_json
+from loraloom.untrusted import is_number, read_json, short
 
 _PAUSE = 0.5  # seconds between looks at the journal while others do the last jobs of a part
 Say = Callable[[str], None]
@@ -56,7 +57,7 @@ class Journal:
             if not path.is_file():
                 return None
             try:
-                self._read[job.key] = read_json(path)
+                self._read[job.key] = _checked(read_json(path), job)
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}); remove it, and the job is done again") from None
         return self._read[job.key]
@@ -66,10 +67,36 @@ class Journal:
         replace_file(self.folder / f"{job.key}.json", json.dumps(found) + "\n")
 
     def correct(self, job: Job, split: str) -> np.ndarray:
-        """Which examples of a split were right, as 0 and 1."""
+        """Which examples of a split were right, as 0 and 1.
+
+        Raises:
+            ValueError: the job is not done.
+        """
         found = self.get(job)
-        assert found is not None, "asked before it is done"
+        if found is None:
+            raise ValueError(f"{self.folder / job.key}.json is gone; go on with --resume, and the job is done again")
         return np.frombuffer(found["scores"][split].encode(), dtype=np.uint8) - ord("0")
+
+
+def _checked(found: Any, job: Job) -> Mapping[str, Any]:
+    """What a job found, if it can be that.
+
+    Raises:
+        ValueError: a value is not there, or of another kind.
+    """
+    scores = found.get("scores") if isinstance(found, dict) else None
+    if not isinstance(scores, dict):
+        raise ValueError("no scores")
+    for split in job.splits:
+        if not isinstance(scores.get(split), str) or not re.fullmatch("[01]+", scores[split]):
+            raise ValueError(f"scores of {split} must be a text of 0 and 1, got {short(scores.get(split))}")
+    if not isinstance(found.get("broken"), bool):
+        raise ValueError(f"broken must be true or false, got {short(found.get('broken'))}")
+    for name in ("took", "seconds"):
+        value = found.get(name)
+        if not is_number(value) and not (name == "seconds" and value is None):
+            raise ValueError(f"{name} must be a number, got {short(value)}")
+    return found
 
 
 def chooser(sweep: Sweep, journal: Journal) -> Callable[[Cell], float]:
@@ -228,5 +255,16 @@ def _kind(job: Job) -> Any:
 
 
 def finished(sweep: Sweep, journal: Journal) -> list[Job]:
-    """All jobs of a sweep that is done."""
-    return [job for jobs in phases(sweep, chooser(sweep, journal)) for job in jobs]
+    """All jobs of a sweep that is done.
+
+    Raises:
+        ValueError: jobs on the same examples have not as many scores.
+    """
+    jobs = [job for jobs in phases(sweep, chooser(sweep, journal)) for job in jobs]
+    counts: dict[Any, int] = {}
+    for job in jobs:
+        for split in job.splits:
+            count = len(journal.correct(job, split))
+            if counts.setdefault((job.cell.axes, job.cell.task, split), count) != count:
+                raise ValueError(f"{journal.folder / job.key}.json is damaged: {count} scores of {split}; remove it")
+    return jobs

@@ -165,11 +165,13 @@ def _load(task: HubTask) -> dict[str, Any]:
             found = datasets.load_from_disk(str(folder))
         else:
             path = str(folder) if folder.is_dir() else task.dataset
-            with _bars_off_for(folder):
+            with _quiet_for(folder):
                 found = datasets.load_dataset(path, task.config or None, revision=task.revision or None)
     except OSError as error:
         raise OSError(f"data set {task.dataset} cannot be read: {_line(error)}") from error
-    except (ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of all that read its files for `datasets`, each has errors of its own
         raise ValueError(f"data set {task.dataset} cannot be read: {_line(error)}") from error
     if not isinstance(found, datasets.DatasetDict):
         found = {"train": found}
@@ -185,18 +187,21 @@ def _load(task: HubTask) -> dict[str, Any]:
 
 
 @contextmanager
-def _bars_off_for(folder: Path) -> Iterator[None]:
-    """A folder is read in a moment: no progress bar. A download shows its own."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+def _quiet_for(folder: Path) -> Iterator[None]:
+    """A folder is read in a moment: no progress bar, and errors are told by us. A download shows its own."""
+    from datasets.utils import logging
 
-    quiet = folder.is_dir() and is_progress_bar_enabled()
+    quiet, level = folder.is_dir() and logging.is_progress_bar_enabled(), logging.get_verbosity()
     if quiet:
-        disable_progress_bar()
+        logging.disable_progress_bar()
+    if folder.is_dir():
+        logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if quiet:
-            enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _labels(task: HubTask, feature: Any, train: Any) -> tuple[str, ...]:
@@ -219,7 +224,7 @@ def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> t
             told = told.get("text", ())
         choices = tuple(str(choice) for choice in told)
     value = record[task.label]
-    if str(value) in names:
+    if str(value) in names and names.index(str(value)) < len(choices):
         return choices, names.index(str(value))
     if str(value) in choices:
         return choices, choices.index(str(value))
@@ -258,7 +263,9 @@ def _text(told: str, record: dict[str, Any]) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error's message, without addresses."""
+    """The first line of an error's message, or of what caused it, without addresses."""
+    while type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
     words = (lines[0] if lines else type(error).__name__).split()
     return " ".join(word for word in words if "://" not in word)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loraloom.untrusted import short
+
 RATE = 16_000
+MOST_PIXELS, MOST_RATE = 1 << 26, 768_000  # of a picture; samples a second of a sound
 
 
 def undecoded(data: Any, columns: Mapping[str, str]) -> Any:
@@ -37,18 +41,27 @@ def digest(stored: Any) -> str:
     """A name for the content of a file, of several, or of samples."""
     if isinstance(stored, list):
         return hashlib.sha256("".join(map(digest, stored)).encode()).hexdigest()
-    if "array" in stored:
+    if isinstance(stored, Mapping) and "array" in stored:
         return hashlib.sha256(np.asarray(stored["array"], np.float32).tobytes()).hexdigest()
     return hashlib.sha256(_content(stored)).hexdigest()
 
 
 def image(stored: Any) -> Any:
-    """uint8, height x width x 3; of a list of files a list."""
+    """uint8, height x width x 3; of a list of files a list.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
     from PIL import Image
 
     if isinstance(stored, list):
         return [image(one) for one in stored]
-    return np.array(Image.open(io.BytesIO(_content(stored))).convert("RGB"))
+    content = _content(stored)
+    with _told("image", stored):
+        found = Image.open(io.BytesIO(content))
+        if found.width * found.height > MOST_PIXELS:
+            raise ValueError(f"{found.width} x {found.height} pixels; at most {MOST_PIXELS} in all")
+        return np.array(found.convert("RGB"))
 
 
 def audio(stored: Mapping[str, Any]) -> np.ndarray:
@@ -61,19 +74,39 @@ def audio(stored: Mapping[str, Any]) -> np.ndarray:
         return resampled(np.asarray(stored["array"], np.float32), int(stored["sampling_rate"]))
     content = _content(stored)
     if content[:4] == b"RIFF":
-        from scipy.io import wavfile
-
-        rate, samples = wavfile.read(io.BytesIO(content))
-        if samples.dtype.kind != "f":
-            middle = 128 if samples.dtype == np.uint8 else 0
-            samples = (samples.astype(np.float32) - middle) / (128 if middle else np.iinfo(samples.dtype).max + 1.0)
-        return resampled(samples, rate)
+        with _told("audio", stored):
+            return _wave(content)
     try:
         import soundfile
     except ImportError:
         raise ValueError(f"audio {stored.get('path')}: no WAV file; pip install soundfile to read others") from None
-    samples, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    with _told("audio", stored):
+        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+        return resampled(samples, rate)
+
+
+def _wave(content: bytes) -> np.ndarray:
+    from scipy.io import wavfile
+
+    rate, samples = wavfile.read(io.BytesIO(content))
+    if not 0 < rate <= MOST_RATE:
+        raise ValueError(f"{rate} samples a second; allowed are 1 to {MOST_RATE}")
+    if samples.dtype.kind != "f":
+        middle = 128 if samples.dtype == np.uint8 else 0
+        samples = (samples.astype(np.float32) - middle) / (128 if middle else np.iinfo(samples.dtype).max + 1.0)
     return resampled(samples, rate)
+
+
+@contextmanager
+def _told(kind: str, stored: Mapping[str, Any]) -> Iterator[None]:
+    """What fails in reading a file, in one line: the packages that decode have errors of their own, any kind."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{kind} {stored.get('path') or 'of a data set'} cannot be read: {what}") from None
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -94,5 +127,15 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     return np.ascontiguousarray(mono, np.float32)
 
 
-def _content(stored: Mapping[str, Any]) -> bytes:
-    return stored["bytes"] if stored.get("bytes") is not None else Path(stored["path"]).read_bytes()
+def _content(stored: Any) -> bytes:
+    """The bytes of a file that a data set holds or names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    held = stored if isinstance(stored, Mapping) else {}
+    if held.get("bytes") is not None:
+        return bytes(held["bytes"])
+    if not held.get("path") or not Path(held["path"]).is_file():
+        raise ValueError(f"a data set names a file that is none: {short(held.get('path'))}")
+    return Path(held["path"]).read_bytes()
