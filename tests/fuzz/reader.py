@@ -16,7 +16,7 @@ class Reader:
         read: reads it from there to the end.
         further: what costs more, for one case in ten.
         command: the same on the command line, in that folder; empty if there is none.
-        fixed: cases of it in `make test`.
+        fixed: cases of it in `make test`, and its share of the cases of `make fuzz`.
     """
 
     make: Callable[[Path], object]
