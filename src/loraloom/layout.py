@@ -241,7 +241,8 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
     """Sizes of one module from shapes alone; an error where its tensors do not fit together, or the configuration."""
     what = f"{source.where}: module {name}"
     if ".base_layer." in name:
-        raise UnsupportedKind(f"{what} is inside another adapted module (nn.MultiheadAttention); not supported")
+        why = "PEFT up to 0.21 adds this update twice, later ones may not, so the file does not say what it does"
+        raise UnsupportedKind(f"{what} is inside another adapted module (nn.MultiheadAttention): {why}")
     for part in ("A", "B"):
         if part not in keys:
             raise ValueError(f"{what} has no {part}; factors come in pairs")
