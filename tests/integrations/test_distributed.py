@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import tiny_runs as tiny
 from loraloom.calibration import _calibrated
 from loraloom.integrations.fit import FitOptions, fit, share
 from loraloom.integrations.gates import Gates
+from loraloom.integrations.moving import named, numbered
 from loraloom.integrations.peft import from_model
 from loraloom.integrations.reduction import reduce_gradients
 from loraloom.recipe import CalibrateRecipe
@@ -185,33 +187,83 @@ def test_two_processes_are_one(tmp_path: Path, alone: dict[str, Path], what: str
         assert result["graded"] == result["moved"] == drawn
 
 
-@pytest.mark.parametrize(("what", "how", "begun_by", "ended_by"), [("lora", "ddp", 1, 2), ("lori", "fsdp", 2, 1)])
-def test_a_run_goes_on_with_more_or_fewer_processes(
-    tmp_path: Path, alone: dict[str, Path], what: str, how: str, begun_by: int, ended_by: int
+@pytest.mark.parametrize(
+    ("what", "begun", "ends"),
+    [("lora", ("ddp", 1), [("ddp", 2), ("fsdp", 2)]), ("lori", ("fsdp", 2), [("fsdp", 1), ("ddp", 1)])],
+)
+def test_a_run_goes_on_with_more_or_fewer_processes_and_as_another_kind(
+    tmp_path: Path, alone: dict[str, Path], what: str, begun: tuple[str, int], ends: list[tuple[str, int]]
 ) -> None:
     wanted = results(alone[what], 1)[0]["weights"]
-    if begun_by == 1:
-        shutil.copytree(alone[what] / "run", tmp_path / "run")
-    else:
-        assert run(fitted, begun_by, tmp_path, what, how) == [0] * begun_by
-    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")
-    assert run(fitted, ended_by, tmp_path, what, how, 3) == [0] * ended_by
-    assert all(same(result["weights"], wanted) for result in results(tmp_path, ended_by))
+    whole = alone[what] / "run"
+    if begun != ("ddp", 1):
+        whole = tmp_path / "begun" / "run"
+        whole.parent.mkdir()
+        assert run(fitted, begun[1], whole.parent, what, begun[0]) == [0] * begun[1]
+    for how, processes in ends:
+        folder = tmp_path / f"{how}{processes}"
+        shutil.copytree(whole, folder / "run")
+        shutil.rmtree(folder / "run" / f"checkpoint-{STEPS}")
+        assert run(fitted, processes, folder, what, how, 3) == [0] * processes
+        assert all(same(result["weights"], wanted) for result in results(folder, processes))
+
+
+def stopped(rank: int, folder: Path) -> None:
+    """Ctrl-C in the second process alone, twice at once, as a launcher passes it on."""
+
+    class CtrlC(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if rank == 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    options = FitOptions(folder / "run", steps=STEPS, batch_size=8, lr=1e-2, seed=0, resume=True)
+    went: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny.model(), tiny.sentences(), collate=tiny.collate, options=options, callbacks=[CtrlC(), Steps(went)])
+    assert went == [1, 2, 3, 4]
+    fit(tiny.model(), tiny.sentences(), collate=tiny.collate, options=options, callbacks=[Steps(went)])
+    assert went == [1, 2, 3, 4, 5, 6]
+
+
+class Steps(TrainerCallback):
+    """Notes the steps."""
+
+    def __init__(self, into: list[int]) -> None:
+        self.into = into
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.into.append(state.global_step)
+
+
+def test_ctrl_c_stops_all_after_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
+    assert run(stopped, 2, tmp_path) == [0, 0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-4"]
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     options = FitOptions(tmp_path, steps=4, batch_size=4, lr=1e-2, seed=0, save_every=2, resume=True)
     fit(tiny.model(), tiny.sentences(), collate=tiny.collate, options=options)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    for name, then in (("pytorch_model_fsdp.bin", "FSDP"), ("global_step2/rank_0_optim_states.pt", "DeepSpeed")):
+    for name, said in (
+        ("pytorch_model_fsdp_0/0", r"checkpoint-2 is in parts \(SHARDED_STATE_DICT\), which only FSDP reads"),
+        ("global_step2/rank_0_optim_states.pt", "was written under DeepSpeed, this run is of DDP or one process"),
+    ):
         file = tmp_path / "checkpoint-2" / name
         file.parent.mkdir(exist_ok=True)
         file.touch()
-        with pytest.raises(
-            ValueError, match=f"checkpoint-2 was written under {then}, this run is of DDP or one process"
-        ):
+        with pytest.raises(ValueError, match=said):
             fit(tiny.model(), tiny.sentences(), collate=tiny.collate, options=options)
-        file.unlink()
+        shutil.rmtree(file.parent)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    state = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1).state_dict()
+    for groups in ([["a", "b"]], [["a"], ["b"]], [[]]):
+        with pytest.raises(ValueError, match="checkpoint-2: its optimizer is of other parameters than the model's"):
+            named(state, groups, "checkpoint-2")
+    with pytest.raises(ValueError, match="is of other parameters"):
+        numbered(named(state, [["a"]]), [["b"]])
 
 
 def test_the_examples_of_a_step_are_shared() -> None:

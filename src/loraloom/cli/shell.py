@@ -72,7 +72,8 @@ def command(name: str, on: typer.Typer = app) -> Callable[[Callable[..., None]],
                     raise
                 raise typer.Exit(2) from None
             except KeyboardInterrupt as stop:
-                hint = "; the same command with --resume goes on" if name in ("train", "sweep") else ""
+                resumes = name in ("train", "sweep")
+                hint = "; the same command with --resume goes on" if resumes else f"; {stop}" if str(stop) else ""
                 if edge("processes").speaks(stop):
                     print(f"loraloom {name}: stopped{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None

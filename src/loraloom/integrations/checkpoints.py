@@ -14,17 +14,22 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from loraloom.integrations.processes import store_of_processes
 from loraloom.packages import file_digest
 
 SEAL = "complete.json"
 _FULL = ("No space left on device", "File too large", "PytorchStreamWriter failed", "unexpected pos ")
+
+_RUNS = count()  # the same in every process
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -141,7 +146,10 @@ class SafeCheckpoints(TrainerCallback):
 class StopOnInterrupt(TrainerCallback):
     """Ctrl-C ends a run of an HF Trainer after the step that is under way, with a checkpoint; a second one, at once.
 
-    For runs of one process: of several, the others would wait for the one that stopped, and Ctrl-C ends all of them.
+    Of several processes all stop after the same step, whichever of them was asked to: it writes the number of that step
+    into the store through which they found each other, two steps ahead, since the others may be one step further but
+    cannot end the next one without it. Asked in the last two steps, they come to their end. Launchers pass Ctrl-C on to
+    processes that have had it already, so that a second one counts there only after a second.
 
     Example:
         stop = StopOnInterrupt()
@@ -151,7 +159,10 @@ class StopOnInterrupt(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked: float | None = None  # when
+        self._stopped = False
+        self._several = False
+        self._name = f"loraloom/stop/{next(_RUNS)}"
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -162,8 +173,8 @@ class StopOnInterrupt(TrainerCallback):
         """
         from accelerate import PartialState
 
-        alone = PartialState().num_processes == 1
-        if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        self._several = PartialState().num_processes > 1
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
             return
         try:
@@ -175,17 +186,33 @@ class StopOnInterrupt(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._asked:
+        if self._stopped or (self._asked is not None and not self._several):
             raise KeyboardInterrupt
 
     def _note(self, *_: Any) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._asked is not None and time.monotonic() - self._asked < 1:
+            return
+        again, self._asked = self._asked is not None, time.monotonic()
+        if not self._several:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        elif again:
+            raise KeyboardInterrupt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if that was asked for."""
-        if self._asked:
-            control.should_save = control.should_training_stop = True
+        asked = self._asked is not None
+        if self._several:
+            last = self._agreed(state.global_step + 2 if asked else None)
+            asked = last is not None and last <= state.global_step < state.max_steps
+        if asked:
+            self._stopped = control.should_save = control.should_training_stop = True
+
+    def _agreed(self, step: int | None) -> int | None:
+        """The last step of all processes, if one of them has named it; the first one that asks for one names it."""
+        store = store_of_processes()
+        if step is not None:
+            return int(store.compare_set(self._name, "", str(step)))
+        return int(store.get(self._name)) if store.check([self._name]) else None
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ from loraloom.integrations.checkpoints import (
     remove_torn,
 )
 from loraloom.integrations.fast import fast
+from loraloom.integrations.moving import check_kinds
 from loraloom.integrations.processes import join
-from loraloom.integrations.sparse import sparse_parameters
 from loraloom.integrations.trainer import CoToCallback, RichProgress
 from loraloom.probes.balance import Balance
 from loraloom.strategies import Strategy
@@ -180,7 +180,7 @@ def fit(
         compute_loss_func=loss,
         callbacks=[callback for callback in extra if callback is not None],
     )
-    _check_sharing(trainer, start)
+    check_kinds(trainer, start)
     if trainer.is_fsdp_enabled:
         _name_blocks(trainer)
     trainer.remove_callback(PrinterCallback)
@@ -267,39 +267,6 @@ def share(examples: int, most: int, processes: int) -> tuple[int, int]:
         )
     passes = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= most)
     return each // passes, passes
-
-
-def _check_sharing(trainer: Trainer, start: Path | None) -> None:
-    """Refuse what cannot be done with a model in parts.
-
-    Raises:
-        ValueError: a model is trained in place, or the checkpoint is of another kind of run.
-    """
-    now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else "DDP or one process"
-    if now != "DDP or one process" and not isinstance(trainer.model, PeftModel):
-        raise ValueError(f"weights of a model without adapters are not trained under {now}; allowed: DDP, one process")
-    model: Any = trainer.model
-    if (
-        now == "DeepSpeed"
-        and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-        and any(sparse_parameters(model))
-    ):
-        raise ValueError("LoRI with a mask is not trained under ZeRO 3; allowed: ZeRO 2, FSDP2, DDP, one process")
-    if start is None:
-        return
-    parts = len(list(start.glob("global_step*/*_optim_states.pt")))
-    then = "DDP or one process"
-    if parts:
-        then = "DeepSpeed"
-    elif any(start.glob("pytorch_model_fsdp*")):
-        then = "FSDP"
-    if then != now:
-        raise ValueError(f"{start} was written under {then}, this run is of {now}: resume it as it was begun")
-    if parts not in (0, trainer.args.world_size):
-        raise ValueError(
-            f"{start} holds the parts of {parts} DeepSpeed processes, these are {trainer.args.world_size}: "
-            f"resume it with {parts}"
-        )
 
 
 def _name_blocks(trainer: Trainer) -> None:

@@ -79,7 +79,7 @@ def speaks(error: BaseException) -> bool:
     """Whether this process tells the user of an error: of all the processes that fail, one does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    store = _store()
+    store = store_of_processes()
     if isinstance(error, Elsewhere):
         return False
     if store is None:
@@ -92,14 +92,14 @@ def speaks(error: BaseException) -> bool:
 
 def told() -> bool:
     """Whether another process has told the user of an error: what fails here now, fails because that one ended."""
-    store = _store()
+    store = store_of_processes()
     try:
         return store is not None and int(store.add(_TOLD, 0)) > 0
     except RuntimeError:
         return True
 
 
-def _store() -> Any:
+def store_of_processes() -> Any:
     """The key-value store through which the processes found each other; None before that."""
     from torch import distributed
 

@@ -203,9 +203,8 @@ def kept(
     try:
         yield held
         done = True
-    except KeyboardInterrupt:
-        held.progress.say("what was scored is kept; the same command goes on from there")
-        raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("what was scored is kept, and the same command goes on from there") from stop
     finally:
         _kept.reset(token)
         held.close(done=done)
