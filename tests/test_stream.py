@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from loraloom.stream import ahead
+from loraloom.stream import OnDemand, ahead
 
 
 def test_results_come_in_order_and_few_wait():
@@ -54,3 +54,10 @@ def test_no_thread_is_left_and_the_callers_threads_stay():
 
 def test_nothing_to_make():
     assert list(ahead(lambda n: n, [])) == []
+
+
+def test_asking_whether_a_name_is_there_reads_nothing():
+    read = []
+    held = OnDemand(["a"], lambda name: read.append(name) or torch.ones(1))
+    assert "a" in held and "b" not in held and not read
+    assert held["a"] == 1 and read == ["a"]

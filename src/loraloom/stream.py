@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class OnDemand(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for and not kept.
+    """Tensors by name, each read when it is asked for (not when one asks whether it is there) and not kept.
 
     Example:
         >>> held = OnDemand(["a"], lambda name: torch.ones(2))
@@ -36,6 +36,9 @@ class OnDemand(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 def ahead(make: Callable[[T], R], items: Iterable[T], *, workers: int = 2, depth: int = 2) -> Iterator[tuple[T, R]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,12 @@ class Stacked:
     def __init__(self, x: Float[Tensor, "n r"]) -> None:
         self.exact = x.dtype == torch.float64
         self.tolerance = 1e-13 if self.exact else 3e-7
-        wide = x.double()
-        self._small = torch.linalg.qr(wide, mode="r").R if self.exact else wide.T @ wide
+        self._x = x
+
+    @cached_property
+    def _small(self) -> Tensor:
+        wide = self._x.double()
+        return torch.linalg.qr(wide, mode="r").R if self.exact else wide.T @ wide
 
     def roots(self, ranks: Sequence[int]) -> list[Float[Tensor, "s p"]]:
         """For each block of columns x_t a matrix L with ``L @ L^T = x_t^T @ x_t``."""
@@ -44,6 +49,10 @@ class Stacked:
         return [
             self._root(self._small[end - rank : end, end - rank : end]) for rank, end in zip(ranks, ends, strict=True)
         ]
+
+    def root(self) -> Float[Tensor, "r p"]:
+        """The root of all columns together."""
+        return self.roots([self._x.shape[1]])[0]
 
     def _root(self, gram: Tensor) -> Tensor:
         """Of columns of length 1 first, so that a gauge with very unequal ones costs no accuracy."""

@@ -191,19 +191,16 @@ def _product(part: Factors, working: torch.dtype) -> Product:
 
 
 class _Joint(NamedTuple):
-    """The factors of all adapters, and the singular vectors of their updates."""
+    """The factors of all adapters."""
 
     B: Tensor  # out x R, side by side
     A: Tensor  # R x in, on top of each other
-    of_b: Stacked
-    of_a: Stacked
     blocks: list[tuple[float, slice] | None]  # scale and place of each adapter's part; None where it has none
 
-    def roots(self, of: Stacked) -> list[Tensor]:
-        """Roots of each update's factors of one kind, times its scale."""
+    def scaled(self, roots: Sequence[Tensor]) -> list[Tensor]:
+        """Roots of the factors of one kind, each times the scale of its update."""
         used = [block for block in self.blocks if block is not None]
-        found = of.roots([part.stop - part.start for _, part in used])
-        return [scale * root for (scale, _), root in zip(used, found, strict=True)]
+        return [scale * root for (scale, _), root in zip(used, roots, strict=True)]
 
 
 def _joint(parts: Parts, request: Request) -> _Joint:
@@ -217,7 +214,7 @@ def _joint(parts: Parts, request: Request) -> _Joint:
     for part in parts:
         blocks.append(None if part is None else (part.scale, slice(end, end + part.rank)))
         end += 0 if part is None else part.rank
-    return _Joint(b, a, Stacked(b), Stacked(a.T), blocks)
+    return _Joint(b, a, blocks)
 
 
 def in_core(parts: Parts, request: Request) -> tuple[Factors, float | None]:
@@ -228,16 +225,16 @@ def in_core(parts: Parts, request: Request) -> tuple[Factors, float | None]:
     """
     if request.linear:
         return _summed(parts, request)
-    joint = _joint(parts, request)
-    left, right = joint.of_b.singular(joint.roots(joint.of_a)), joint.of_a.singular(joint.roots(joint.of_b))
-    working = joint.B.dtype
+    joint, ranks = _joint(parts, request), [part.rank for part in parts if part is not None]
+    of_b, of_a, working = Stacked(joint.B), Stacked(joint.A.T), joint.B.dtype
+    left, right = of_b.singular(joint.scaled(of_a.roots(ranks))), of_a.singular(joint.scaled(of_b.roots(ranks)))
     stack = torch.zeros(len(parts), len(left.values), len(right.values), dtype=working, device=joint.B.device)
     for core, block in zip(stack, joint.blocks, strict=True):
         if block is not None:
             scale, at = block
             core.copy_(scale * left.rows[:, at] @ right.rows[:, at].T)
     merged = _combined(stack, request) if stack.numel() else stack[0]
-    found = triples(merged, joint.of_b.tolerance)
+    found = triples(merged, of_b.tolerance)
     root = found.values[: request.rank].sqrt()
     b = joint.B @ (left.map @ found.left[:, : request.rank] * root).to(working)
     a = (right.map @ found.right[:, : request.rank] * root).T.to(working) @ joint.A
@@ -264,10 +261,13 @@ def in_knots(parts: Parts, request: Request) -> tuple[Factors, float | None]:
         return _summed(parts, request)
     joint = _joint(parts, request)
     working = joint.B.dtype
-    left = joint.of_b.singular(joint.roots(joint.of_a))
-    stack = joint.A.new_zeros(len(parts), len(left.values), joint.A.shape[1])
+    roots = [Stacked(joint.A[block[1]].T).root() for block in joint.blocks if block is not None]
+    left = Stacked(joint.B).singular(joint.scaled(roots))
+    stack = joint.A.new_empty(len(parts), len(left.values), joint.A.shape[1])
     for row, block in zip(stack, joint.blocks, strict=True):
-        if block is not None:
+        if block is None:
+            row.zero_()
+        else:
             scale, at = block
             torch.mm((scale * left.rows[:, at] / left.values[:, None]).to(working), joint.A[at], out=row)
     merged = _combined(stack, request, _stacked(request.statistics, stack)) if stack.numel() else stack[0]
