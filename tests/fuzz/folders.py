@@ -51,7 +51,9 @@ def parquet(folder: Path) -> None:
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.Value("int64"), "picture": datasets.Image()}
     )
+    datasets.utils.logging.disable_progress_bar()
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+    datasets.utils.logging.enable_progress_bar()
 
 
 def pictures(folder: Path) -> None:

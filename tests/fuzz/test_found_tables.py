@@ -22,6 +22,7 @@ from loraloom.sweep import plan
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal
 from loraloom.tasks import media
+from loraloom.tasks.hub import HubTask, _answer
 
 
 def one_line(said: str, read: Callable[..., object], *given: Any) -> None:
@@ -104,6 +105,9 @@ def test_a_choice_that_a_row_has_not(tmp_path: Path) -> None:
     rows[1]["choices"]["text"].pop()
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one_line("label 'B' is not among yes", read(choices="choices"), tmp_path)
+    for choices in ({"text": None}, {"text": ["yes"], "label": 3}, "yes", None):
+        task = HubTask("here", choices="choices")
+        one_line("label 'B' is not among", _answer, task, {"label": "B", "choices": choices}, ())
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n{"text": ')
     one_line("cannot be read: .*JSON", read(choices="choices"), tmp_path)
 

@@ -85,6 +85,18 @@ def test_a_model_without_a_language_head_is_an_encoder():
     assert load_backbone(BertModel(BertConfig(vocab_size=8, **size)), processor=object()).family == "encoder"
 
 
+def test_a_causal_model_by_another_name_is_no_encoder(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=8, bos_token_id=1, eos_token_id=2, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    )
+    assert load_backbone(model, processor=object()).family == "causal"
+    model.save_pretrained(tmp_path / "gpt2")
+    loaded = load_backbone(str(tmp_path / "gpt2"), processor=object())
+    assert loaded.family == "causal" and isinstance(loaded.model, GPT2LMHeadModel)
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_an_adapter_that_is_continued_leaves_the_mode_of_the_base(mode: bool) -> None:
     base = nn.Sequential(nn.Linear(4, 3)).train(mode)

@@ -113,10 +113,10 @@ def _fresh(
     """A new adapter on the model."""
     from peft import HiraConfig, LoraConfig, get_peft_model
 
-    if kind == "hira" and getattr(model, "is_quantized", False):
+    if kind == "hira" and getattr(model, "is_quantized", False) and not getattr(model, "is_loaded_in_4bit", False):
         raise UnsupportedKind(
-            "adapter.kind hira multiplies the base weights entry by entry, which quantised ones do not allow; "
-            "allowed are lora, rslora, dora, moka"
+            "adapter.kind hira multiplies the base weights entry by entry, which of the quantised ones those of "
+            "bitsandbytes with 4 bits (nf4) allow; here allowed are lora, rslora, dora, moka"
         )
     targets = modules if isinstance(modules, str) else list(modules)
     if kind == "hira":

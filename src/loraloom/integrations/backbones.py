@@ -154,6 +154,8 @@ def without_bars() -> Iterator[None]:
 
 
 def _family(name: str, config: Any, live: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if name in models:
         return str(models[name].facts["family"])
     told = (live, *(getattr(config, "architectures", None) or ()))
@@ -161,8 +163,8 @@ def _family(name: str, config: Any, live: str) -> str:
         return "multimodal"
     if any("ForConditionalGeneration" in one for one in told) and hasattr(config, "text_config"):
         return "multimodal"
-    if any("CausalLM" in one for one in told):
-        return "causal"
+    if any("CausalLM" in one or one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in told):
+        return "causal"  # some are called otherwise, such as GPT2LMHeadModel
     return "vision" if hasattr(config, "num_channels") and not hasattr(config, "vocab_size") else "encoder"
 
 

@@ -220,9 +220,9 @@ def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> t
     if task.choices:
         told = record[task.choices]
         if isinstance(told, dict):
-            names = [str(name) for name in told.get("label", ())]
-            told = told.get("text", ())
-        choices = tuple(str(choice) for choice in told)
+            names = _strings(told.get("label"))
+            told = told.get("text")
+        choices = tuple(_strings(told))
     value = record[task.label]
     if str(value) in names and names.index(str(value)) < len(choices):
         return choices, names.index(str(value))
@@ -231,6 +231,11 @@ def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> t
     if isinstance(value, int | bool) and 0 <= value < len(choices):
         return choices, int(value)
     raise ValueError(f"data set {task.dataset}: label {value!r} is not among {', '.join(choices) or 'no choices'}")
+
+
+def _strings(told: Any) -> list[str]:
+    """The entries of a list, as text; what is no list has none."""
+    return [str(one) for one in told] if isinstance(told, list) else []
 
 
 def _bound_by_content_too(rows: Sequence[Row]) -> list[Row]:
