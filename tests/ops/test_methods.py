@@ -99,6 +99,12 @@ def test_breadcrumbs_loses_no_small_tensor():
     assert run("breadcrumbs", one[:, :1, :1], [1.0], gamma=0.9).item() == 3
 
 
+def test_sce_elects_by_the_sum_and_weighs_by_energy():
+    """Two small votes against one large update: the sum says minus, sums times energies would say plus."""
+    got = run("sce", torch.tensor([[10.0, 1.0], [1.0, -2.0], [1.0, 0.5]]).double(), [1 / 3] * 3, density=1.0)
+    assert torch.allclose(got, torch.tensor([(1010 + 5 + 1.25) / (101 + 5 + 1.25), -2.0]).double())
+
+
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
 def test_slerp_is_the_sine_formula_and_the_karcher_mean_of_two(t):
     deltas = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -18,11 +18,11 @@ def count(density: float, n: int) -> int:
     return max(1, round(density * n))
 
 
-def elected(updates: list[np.ndarray], weights: list[float]) -> np.ndarray:
+def elected(updates: list[np.ndarray], weights: list[float], votes: list[float] | None = None) -> np.ndarray:
     result = np.zeros_like(updates[0])
     for at in np.ndindex(*result.shape):
         parts = [(w * u[at], abs(w)) for u, w in zip(updates, weights, strict=True)]
-        sign = 1 if sum(p for p, _ in parts) >= 0 else -1
+        sign = 1 if sum(v * u[at] for u, v in zip(updates, votes or weights, strict=True)) >= 0 else -1
         agreeing = [(p, w) for p, w in parts if p * sign > 0]
         if agreeing:
             mean = sum(p for p, _ in agreeing) / sum(w for _, w in agreeing)
@@ -56,7 +56,7 @@ def sce(d, w, density=0.1):
     share = np.array(w) * energy / energy.sum()
     if not np.abs(share).sum():
         return np.zeros_like(d[0])
-    return elected(chosen, list(share)) * np.abs(w).sum() / np.abs(share).sum()
+    return elected(chosen, list(share), list(w)) * np.abs(w).sum() / np.abs(share).sum()
 
 
 def consensus(d, w, agree=2, strictness=0.4):

@@ -47,7 +47,11 @@ def block_generators(generator: torch.Generator) -> Callable[[int], torch.Genera
     return lambda start: torch.Generator().manual_seed(seed + start)
 
 
-def elected_mean(updates: Sequence[Float[Tensor, " *shape"]], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
+def elected_mean(
+    updates: Sequence[Float[Tensor, " *shape"]],
+    weights: Float[Tensor, " k"],
+    votes: Float[Tensor, " k"] | None = None,
+) -> Float[Tensor, " *shape"]:
     """Of every entry the weighted mean of the updates that have the elected sign, times the sum of the weights.
 
     The elected sign is that of ``sum_i w_i d_i`` (a tie elects ``+``); with the updates ``e_i = sign(w_i) d_i`` that
@@ -57,6 +61,7 @@ def elected_mean(updates: Sequence[Float[Tensor, " *shape"]], weights: Float[Ten
     Args:
         updates: already trimmed: entries of 0 do not take part.
         weights: one per update.
+        votes: other weights for the election alone, of the same signs.
 
     Example:
         >>> updates = torch.tensor([[1.0, 2.0], [-0.8, 4.0], [-0.8, 0.0]])
@@ -65,8 +70,8 @@ def elected_mean(updates: Sequence[Float[Tensor, " *shape"]], weights: Float[Ten
     """
     shares = weights.tolist()
     total = torch.zeros_like(updates[0])
-    for update, weight in zip(updates, shares, strict=True):
-        total.add_(update, alpha=weight)
+    for update, vote in zip(updates, shares if votes is None else votes.tolist(), strict=True):
+        total.add_(update, alpha=vote)
     elected = total.ge_(0).mul_(2).sub_(1)
     total, taken = torch.zeros_like(elected), torch.zeros_like(elected)
     for update, weight in zip(updates, shares, strict=True):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+
+from torch import Tensor
 
 from loraloom.adapter import Adapter
 from loraloom.ops.align import align as aligned
@@ -17,6 +20,7 @@ def interpolate(
     via: Adapter | None = None,
     space: str = "delta",
     align: str | None = None,
+    base: Mapping[str, Tensor] | None = None,
     same_base: bool = True,
     extras: str = "refuse",
 ) -> Adapter:
@@ -36,6 +40,7 @@ def interpolate(
         space: ``delta`` or ``factors``.
         align: bring ``b`` and ``via`` to a's gauge first: ``orthogonal`` or ``invertible``
             (see :func:`loraloom.ops.align.align`).
+        base: weights of the base model, for DoRA in space ``delta`` (see :func:`loraloom.ops.merge.merge`).
         same_base: refuse adapters whose base models have different names.
         extras: ``refuse`` or ``average`` (then interpolated too) whole tensors that several hold.
 
@@ -58,7 +63,7 @@ def interpolate(
     if align is not None:
         others = [aligned(one, to=a, by=align) for one in others]
     weights = [1 - at, at] if via is None else [(1 - at) ** 2, 2 * at * (1 - at), at**2]
-    point = merge([a, *others], weights=weights, space=space, same_base=same_base, extras=extras)
+    point = merge([a, *others], weights=weights, space=space, base=base, same_base=same_base, extras=extras)
     arguments = {"at": at, "space": space, "align": align, "same_base": same_base, "extras": extras}
     provenance = {**point.provenance, "operation": "interpolate", "arguments": arguments}
     if at in (0, 1):

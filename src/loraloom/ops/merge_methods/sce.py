@@ -21,12 +21,13 @@ def sce(
 
     Per module: the ``round(density * n)`` entries of largest variance across the updates stay (at least one; of equal
     ones the first; one update alone keeps all). Each update's coefficient is the sum of its squared selected entries,
-    as a share of that of all, times its weight. Signs are elected and means taken as in ``ties``, by these
-    coefficients; the result is times the sum of the absolute weights.
+    as a share of that of all, times its weight. Signs are elected as in ``ties``, by the weights alone, and means are
+    taken by the coefficients; the result is times the sum of the absolute weights. With equal weights this is what
+    mergekit does, but that it rounds the number of entries down, of those whose variance is not 0.
 
     Args:
         deltas: the k updates, stacked.
-        weights: one weight per update; they multiply the coefficients. Negative ones turn an update round.
+        weights: one weight per update; they vote, and multiply the coefficients. Negative ones turn an update round.
         density: share of entries kept, in (0, 1].
 
     Example:
@@ -50,6 +51,6 @@ def sce(
     def combine(rows: Sequence[Tensor], start: int) -> Tensor:
         first = start // spread.shape[1]
         mask = cut.mask(spread[first : first + len(rows[0])], start)
-        return elected_mean([torch.where(mask, one, 0.0) for one in rows], share)
+        return elected_mean([torch.where(mask, one, 0.0) for one in rows], share, weights)
 
     return by_blocks(deltas, combine) * scale
