@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModel
 
 from loraloom import report, sweep
+from loraloom.adapter import Adapter, Factors
 from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
@@ -263,6 +266,35 @@ def test_tasks_are_merged_at_each_one_s_own_rate(tmp_path: Path, recipe_content:
         (("digits", 0.01), ("fashion-mnist", 0.03))
     }
     assert len({job.key for job in part}) == 8  # the same merge is scored on two tasks
+
+
+def test_dora_adapters_are_put_together_on_the_base_s_weights(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    measure = {"merge": [{"weights": [1, 1], "space": "delta"}], "interpolate": {"at": [0.25], "spaces": ["delta"]}}
+    arms = {"DoRA": {"adapter.kind": "dora"}}
+    path = written(tmp_path, recipe_content, arms=arms, rates=[0.01], measure=measure)
+    jobs = [job for part in phases(sweep.read(path), lambda cell: 0.01) for job in part][-3:]
+    model = AutoModel.from_pretrained(recipe_content["model"])
+    square = {path: one for path, one in model.named_modules() if getattr(one, "out_features", 0) == 16}
+    name, weight = next((path, one.weight.detach()) for path, one in square.items() if one.in_features == 16)
+
+    def drawn(seed: int) -> Factors:
+        draw = torch.Generator().manual_seed(seed)
+        parts = [torch.randn(*shape, generator=draw) for shape in ((16, 2), (2, 16), (16,))]
+        return Factors(parts[0], parts[1], magnitude=parts[2].abs())
+
+    def effective(one: Factors) -> torch.Tensor:
+        moved = weight + one.delta()
+        return one.magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+
+    one, other = drawn(0), drawn(1)
+    adapters = [Adapter({"r": 2, "peft_type": "LORA", "use_dora": True}, {name: held}) for held in (one, other)]
+    for job, at in zip(jobs, (0.25, 0.25, 0.5), strict=True):
+        found = job.operation.applied(adapters, Worker._base(job)).modules[name].delta()
+        wanted = (1 - at) * effective(one) + at * effective(other)
+        u, s, v = torch.linalg.svd(wanted)  # the best of rank 4, the sum of the ranks
+        assert torch.allclose(found, u[:, :4] * s[:4] @ v[:4], atol=1e-3), job.operation.name
+    with pytest.raises(ValueError, match=r"at 0\.25, factors, arm DoRA .*: cannot merge DoRA adapters"):
+        sweep.read(written(tmp_path, recipe_content, arms=arms, rates=[0.01], measure={"interpolate": {"at": [0.25]}}))
 
 
 def test_maps_show_the_first_arm_and_the_gaps_to_it(done) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from loraloom.adapter import Adapter, Factors
 from loraloom.ops.interpolate import interpolate
@@ -16,6 +17,7 @@ from loraloom.ops.prune import prune
 from loraloom.probes.game import uniforms, units_of
 from loraloom.sweep.table import Sweep, Tasks
 
+Base = Callable[[Adapter], Mapping[str, Tensor]]
 _STREAM = 0x5377_6565  # the upper half of the generator's key: draws for other ends are another stream
 
 
@@ -27,12 +29,20 @@ class Operation:
     how: Literal["base", "alone", "interpolate", "merge", "tasks", "prune", "coalition"] = "alone"
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def applied(self, adapters: Sequence[Adapter]) -> Adapter:
-        """The adapter that is scored."""
+    def applied(self, adapters: Sequence[Adapter], base: Base | None = None) -> Adapter:
+        """The adapter that is scored.
+
+        Args:
+            adapters: what is operated on.
+            base: gives the weights of the base model under an adapter; asked for where updates of DoRA are put
+                together, whose magnitudes do not add.
+        """
+        joins = self.how in ("interpolate", "merge", "tasks") and self.arguments.get("space") != "factors"
+        on = {"base": base(adapters[0])} if base is not None and joins and adapters[0].kind == "dora" else {}
         if self.how == "interpolate":
-            return interpolate(adapters[0], adapters[1], **self.arguments)
+            return interpolate(adapters[0], adapters[1], **self.arguments, **on)
         if self.how in ("merge", "tasks"):
-            return merge(adapters, **self.arguments)
+            return merge(adapters, **self.arguments, **on)
         if self.how == "coalition":
             return _coalition(adapters[0], **self.arguments)
         return prune(adapters[0], **self.arguments) if self.how == "prune" else adapters[0]
@@ -104,4 +114,5 @@ def tried(operation: Operation, kind: str, tasks: int) -> None:
     config = {"r": 2, "peft_type": "HIRA" if kind == "hira" else "LORA", "use_dora": kind == "dora"}
     tiny = Adapter(config, {f"layers.{layer}.q": factors for layer in range(6)})
     count = {"interpolate": 2, "merge": len(operation.arguments.get("weights", ())), "tasks": tasks}
-    operation.applied([tiny] * count.get(operation.how, 1)).loaded()
+    weights = dict.fromkeys(tiny.modules, torch.eye(4))
+    operation.applied([tiny] * count.get(operation.how, 1), lambda adapter: weights).loaded()

@@ -24,12 +24,14 @@ from typing import Any
 import numpy as np
 
 from loraloom.adapter import Adapter
+from loraloom.checkpoint import base_weights
+from loraloom.models import resolve
 from loraloom.recipe import Recipe, read_task
 from loraloom.registry import edge
 from loraloom.report import replace_file
 from loraloom.run import bench_of, train_on
 from loraloom.store import load
-from loraloom.sweep.operations import operations
+from loraloom.sweep.operations import Base, operations
 from loraloom.sweep.plan import Cell, Job, phases, run_key
 from loraloom.sweep.table import Sweep
 from loraloom.untrusted import is_number, read_json, short
@@ -180,12 +182,17 @@ class Worker:
                 return None, None, True
             for one in operations(self.sweep):  # names that only the model can tell, before hours go by
                 if one.how == "prune":
-                    one.applied([adapter])
+                    one.applied([adapter], self._base(job))
             return adapter, seconds, False
         places = [self._place(one) for one in job.sources]
         if not all(place.exists() for place in places):
             return None, None, True
-        return job.operation.applied([load(place) for place in places]).loaded(), None, False
+        return job.operation.applied([load(place) for place in places], self._base(job)).loaded(), None, False
+
+    @staticmethod
+    def _base(job: Job) -> Base:
+        """Where the weights of a job's base model are found."""
+        return lambda adapter: base_weights(resolve(job.sources[0].model), adapter)
 
     def _place(self, recipe: Recipe) -> Path:
         return self.folder / "adapters" / run_key(recipe)
