@@ -34,6 +34,7 @@ class Adapted(NamedTuple):
         scale: of the update.
         magnitude: of DoRA, (out,).
         square: of DoRA, sums of squares of the weight's rows, (out,), in at least float32; computed if not given.
+        between: of MokA, what is done between A and B (:class:`loraloom.strategies.rankback.Between`).
     """
 
     weight: Tensor
@@ -43,6 +44,7 @@ class Adapted(NamedTuple):
     scale: float = 1.0
     magnitude: Tensor | None = None
     square: Tensor | None = None
+    between: Any = None
 
 
 def lora(x: Tensor, layers: Sequence[Adapted], *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> tuple:
@@ -105,11 +107,9 @@ class _Lora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scales: list[float], p: float, dtype: torch.dtype | None, *tensors: Any) -> tuple:
         parts = list(_each(tensors, 6))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
-        flat = _as(_rows(x), wide)
-        kept = F.dropout(torch.ones_like(flat, dtype=thin), p) != 0 if p else None
-        seen = _dropped(_as(flat, thin), kept, p)
-        lows = [part[2] for part in parts]
-        down = _apart(seen @ _stacked(lows, thin).T, lows, dim=1)
+        flat, lows = _as(_rows(x), wide), [part[2] for part in parts]
+        all_down, kept = _down(flat, _stacked(lows, thin), p)
+        down = _apart(all_down, lows, dim=1)
         outs, norms, bare = [], [], []
         for (weight, bias, a, b, magnitude, square), scale, u in zip(parts, scales, down, strict=True):
             plain = magnitude is None
@@ -161,15 +161,10 @@ class _Lora(torch.autograd.Function):
         lows = [parts[i][1] for i in there]
         up = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
         if x is not None:
-            seen = _dropped(_as(_as(_rows(x), ctx.dtype or x.dtype), thin), kept, ctx.p)
-            for i, part in zip(there, _apart(torch.mm(up.T, seen), lows, dim=0), strict=True):
+            for i, part in zip(there, _apart(_of_lows(ctx, x, kept, up), lows, dim=0), strict=True):
                 found[i][2] = _as(part, parts[i][1].dtype) if needs[i][2] else None
         if through is not None:
-            stacked = _stacked(lows, thin)
-            if kept is None:
-                through = _plus(through, up, stacked, 1.0)
-            else:
-                through += _dropped(torch.mm(up, stacked), kept, ctx.p)
+            through = _with_update(through, up, _stacked(lows, thin), kept, ctx.p)
             through = through.view(*grads[there[0]].shape[:-1], through.shape[1])
         return through, None, None, None, *(grad for one in found for grad in one)
 
@@ -268,6 +263,25 @@ def _stacked(matrices: Sequence[Tensor], kind: torch.dtype) -> Tensor:
 def _apart(x: Tensor, lows: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
     """What belongs to each A."""
     return (x,) if len(lows) == 1 else x.split([len(a) for a in lows], dim)
+
+
+def _down(flat: Tensor, low: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    """``A x``, and which entries of x dropout left."""
+    kept = F.dropout(torch.ones_like(flat, dtype=low.dtype), p) != 0 if p else None
+    return _dropped(_as(flat, low.dtype), kept, p) @ low.T, kept
+
+
+def _of_lows(ctx: Any, x: Tensor, kept: Tensor | None, up: Tensor) -> Tensor:
+    """The gradient of the A's, one below the other, of that of ``A x``."""
+    seen = _as(_as(_rows(x), ctx.dtype or x.dtype), up.dtype)
+    return torch.mm(up.T, _dropped(seen, kept, ctx.p))
+
+
+def _with_update(through: Tensor, up: Tensor, low: Tensor, kept: Tensor | None, p: float) -> Tensor:
+    """The gradient of x through the base, and now through the A's; in place where the types are the same."""
+    if kept is None:
+        return _plus(through, up, low, 1.0)
+    return through.add_(_dropped(torch.mm(up, low), kept, p))
 
 
 def _plus(base: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""Fast paths: PEFT's LoRA, DoRA and HiRA layers compute by ``loraloom.fused`` while they train.
+"""Fast paths: PEFT's LoRA, DoRA and HiRA layers, and MokA's, compute by ``loraloom.fused`` while they train.
 
 A layer keeps its parameters, its state dict and its results; its class is replaced by a subclass that has another
 ``forward``. What a fast path does not cover (several adapters at once, hooks on parts that it would pass by, quantised
-or trainable base weights, ...) takes PEFT's own code, call by call.
+or trainable base weights, ...) takes PEFT's own code (MokA: its layer's), call by call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loraloom import fused
 from loraloom.fused import Adapted
+from loraloom.integrations.modality import MokALinear
+from loraloom.strategies.rankback import Between, routed
 
 _log = logging.getLogger(__name__)
 # Layers of one parent that see the same input; not where some of them see another stream.
@@ -38,16 +40,17 @@ _TOGETHER = (
     ("wi_0", "wi_1"),
 )
 _CROSS = ("cross", "encoder_attn", "encdec", "attn2")
+_SEVERAL = "several adapters at once, or none"
 _AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def fast(model: nn.Module, on: bool = True) -> Any:
-    """Give the LoRA, DoRA and HiRA layers of a model their fast paths, in place; parameters and results stay.
+    """Give the LoRA, DoRA, HiRA and MokA layers of a model their fast paths, in place; parameters and results stay.
 
     Linear layers (and Transformers' ``Conv1D``) with frozen dense weights train by :mod:`loraloom.fused`: one node of
-    the graph a layer or a group of layers on one input, DoRA's norm without ``B A``, HiRA in one product. Rounding is
-    as PEFT's, in another order. In evaluation mode, and for all that a fast path does not cover, PEFT's own code runs;
-    the log says so, once a reason.
+    the graph a layer or a group of layers on one input, DoRA's norm without ``B A``, HiRA in one product, MokA with no
+    more held for backward than LoRA. Rounding is as PEFT's, in another order. In evaluation mode, and for all that a
+    fast path does not cover, the layers' own code runs; the log says so, once a reason.
 
     Args:
         model: a PEFT model, or any model with PEFT layers in it.
@@ -81,9 +84,7 @@ def fast(model: nn.Module, on: bool = True) -> Any:
         for layer in group:
             layer._siblings = siblings
     left = Counter(f"{type(layer).__module__}.{type(layer).__name__}" for layer in tuned.values())
-    for name in [
-        name for name in left if on and not name.startswith("loraloom.")
-    ]:  # MokA's layers are quick as they are
+    for name in [name for name in left if on and not name.startswith("loraloom.")]:
         _say(f"{left[name]} layers of {name} have no fast path")
     return model
 
@@ -92,12 +93,17 @@ def _groups(tuned: dict[str, Any]) -> list[list[Any]]:
     """Fast layers that by their names see one input."""
     found = []
     for path in tuned:
-        parent, _, name = path.rpartition(".")
+        name = path.rpartition(".")[2]
+        parent = path.removesuffix(name)
         for names in _TOGETHER:
             if name == names[0] and not any(word in parent.lower() for word in _CROSS):
-                group = [tuned[f"{parent}.{other}"] for other in names if f"{parent}.{other}" in tuned]
+                group = [tuned[parent + other] for other in names if parent + other in tuned]
                 found.append([layer for layer in group if type(layer) in _FAST.values()])
     return [group for group in found if len(group) > 1]
+
+
+def _nothing() -> None:
+    """In the place of a reference."""
 
 
 class _Siblings:
@@ -110,22 +116,24 @@ class _Siblings:
 
     def __init__(self, members: list[nn.Module]) -> None:
         self.members = members
-        self.seen: tuple = (None, None)
+        self.seen: tuple = (_nothing, None, _nothing)
         self.ahead: dict[nn.Module, Tensor] = {}
 
     def __reduce__(self) -> tuple:
         return _Siblings, (self.members,)
 
-    def taken(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def taken(self, layer: nn.Module, x: Tensor, routing: Any) -> Tensor | None:
         """What was computed for the layer on this input; if nothing was, it is the first of them on this input."""
         state = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
-        same = self.seen[0] is not None and self.seen[0]() is x and self.seen[1] == state
+        of_x, of_state, of_routing = self.seen
+        same = of_x() is x and of_state == state and of_routing() is routing
         if same and layer in self.ahead:
             return self.ahead.pop(layer)
         if self.ahead:
             _say(f"{len(self.ahead)} of {len(self.members)} layers of like names, which do not see one input, apart")
             self.members = [one for one in self.members if one not in self.ahead]
-        self.seen, self.ahead = (ref(x), state), {}
+        self.seen = (ref(x), state, _nothing if routing is None else ref(routing))
+        self.ahead = {}
         return None
 
     def others(self, layer: nn.Module) -> list[nn.Module]:
@@ -155,7 +163,18 @@ class FastHira(HiraLinear):
         return HiraLinear.forward(self, x, *args, **kwargs) if out is None else out
 
 
-_FAST: dict[type, type] = {LoraLinear: FastLora, HiraLinear: FastHira}
+class FastMokA(MokALinear):
+    """MokA's layer, with the fast path."""
+
+    _siblings: _Siblings
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As :class:`MokALinear`'s."""
+        out = _quickly(self, x, args, kwargs, _moka, routed)
+        return MokALinear.forward(self, x, *args, **kwargs) if out is None else out
+
+
+_FAST: dict[type, type] = {LoraLinear: FastLora, HiraLinear: FastHira, MokALinear: FastMokA}
 
 
 def _quickly(
@@ -174,12 +193,12 @@ def _quickly(
         return None
     adapted, dropout, dtype = own
     if dropout is not None:
-        return _with_dropout(layer, x, adapted, dropout, dtype)
+        return _with_dropout(layer, x, adapted, dropout, dtype, run)
     if alone:
         (out,) = run(x, [adapted], dtype=dtype)
         return out
     siblings = layer._siblings
-    out = siblings.taken(layer, x)
+    out = siblings.taken(layer, x, adapted.between and adapted.between.routing)
     if out is None:
         found = {one: describe(one, x) for one in siblings.others(layer) if type(one) is type(layer) and _open(one)}
         fit = {one: told[0] for one, told in found.items() if _fits(told, adapted)}
@@ -196,17 +215,22 @@ def _fits(told: tuple | str, lead: Adapted) -> bool:
     """Whether a layer can be computed with the one that leads."""
     if isinstance(told, str) or told[1] is not None:
         return False
+    mine, theirs = told[0].between, lead.between
+    if mine is not None and (mine.routing is not theirs.routing or mine.plan != theirs.plan):
+        return False
     return told[0].a.dtype is lead.a.dtype and told[0].a.shape[1] == lead.a.shape[1]
 
 
-def _with_dropout(layer: Any, x: Tensor, one: Adapted, dropout: nn.Dropout, dtype: torch.dtype | None) -> Tensor:
+def _with_dropout(
+    layer: Any, x: Tensor, one: Adapted, dropout: nn.Dropout, dtype: torch.dtype | None, run: Callable
+) -> Tensor:
     """Layers whose update sees another input than the base does."""
     if isinstance(layer, FastHira):
         base = layer.base_layer(x)
         (update,) = fused.hira(dropout(x), [one], whole=False, dtype=dtype)
         return base + update
     if one.magnitude is None:
-        (out,) = fused.lora(x, [one], dropout=dropout.p, dtype=dtype)
+        (out,) = run(x, [one], dropout=dropout.p, dtype=dtype)
         return out
     with torch.no_grad():
         norms = fused.row_norms(one.weight, one.a, one.b, one.scale, one.square).to(one.magnitude.dtype)
@@ -220,30 +244,48 @@ def _lora(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtyp
     parts = layer._modules  # nn.Module's own lookup is slow, and layers are many
     name = _only(layer, parts["lora_A"])
     if name is None:
-        return "several adapters at once, or none"
+        return _SEVERAL
     variant = layer.lora_variant.get(name)
     if variant is not None and not isinstance(variant, DoraLinearVariant) and variant is not DoraLinearVariant:
         return f"LoRA with {getattr(variant, '__name__', type(variant).__name__)}"
+    told = _factors(layer, x, name)
+    if isinstance(told, str) or variant is None:
+        return told
+    one, dropping, dtype = told
+    magnitude = parts["lora_magnitude_vector"]._modules[name].weight
+    return one._replace(magnitude=magnitude, square=_square(layer, one.weight)), dropping, dtype
+
+
+def _factors(layer: Any, x: Tensor, name: str) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
+    """Of an adapter in a LoRA layer, all but what a variant adds."""
+    parts = layer._modules
     a, b, dropout = (parts[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
     if b.bias is not None or _hooked(a, b, dropout):
         return "a LoRA layer with a bias or hooks on its parts"
-    low, high = a.weight, b.weight
-    weights = _frozen(layer, x, low, high)
+    weights = _frozen(layer, x, a.weight, b.weight)
     if isinstance(weights, str):
         return weights
     weight, bias, dtype = weights
-    scale, dropping = layer.scaling[name], _dropping(dropout)
-    if variant is None:
-        return Adapted(weight, bias, low, high, scale), dropping, dtype
-    magnitude = parts["lora_magnitude_vector"]._modules[name].weight
-    return Adapted(weight, bias, low, high, scale, magnitude, _square(layer, weight)), dropping, dtype
+    return Adapted(weight, bias, a.weight, b.weight, layer.scaling[name]), _dropping(dropout), dtype
+
+
+def _moka(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
+    """As :func:`_lora`."""
+    name = _only(layer, layer._modules["lora_A"])
+    if name is None:
+        return _SEVERAL
+    told = "MokA on anything but batch x tokens" if x.dim() != 3 else _factors(layer, x, name)
+    if isinstance(told, str):
+        return told
+    one, dropping, dtype = told
+    return one._replace(between=Between(layer.plan, layer.routing(x), x.shape[:2])), dropping, dtype
 
 
 def _hira(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
     """As :func:`_lora`."""
     name = _only(layer, layer.hira_A)
     if name is None:
-        return "several adapters at once, or none"
+        return _SEVERAL
     a, b, dropout = layer.hira_A[name], layer.hira_B[name], layer.hira_dropout[name]
     weights = _frozen(layer, x, a, b)
     if isinstance(weights, str):
@@ -301,4 +343,4 @@ def _square(layer: Any, weight: Tensor) -> Tensor | None:
 
 @cache
 def _say(what: str) -> None:
-    _log.warning("PEFT's own code runs for %s", what)
+    _log.warning("PEFT's own code, or MokA's layer, runs for %s", what)

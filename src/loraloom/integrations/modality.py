@@ -107,13 +107,17 @@ class MokALinear(LoraLinear):
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not names:
             return result
-        routing = (self.stream or current(x.shape[:-1])).on(x.device)
+        routing = self.routing(x)
         for name in names:
             a: Any = self.lora_A[name]
             stacked = a(self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype)))
             h = self.scaling[name] * hidden(self.plan, stacked, routing)  # scaled where it is small
             result = result + self.lora_B[name](h)
         return result.to(base.dtype)
+
+    def routing(self, x: Tensor) -> Routing:
+        """The routing of these tokens."""
+        return (self.stream or current(x.shape[:-1])).on(x.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused: the update of a token depends on its modality and on the text."""

@@ -280,7 +280,7 @@ def hidden(
 ) -> Float[Tensor, "batch tokens columns"]:
     """What B is applied to: the tokens in the rank space, after their look at the text (eq. 4 to 12).
 
-    With several B's (``own``) a token stands in the columns of its own.
+    With several B's (``own``) a token stands in the columns of its own. Several layers of one plan go side by side.
 
     Args:
         plan: the adapter's.
@@ -293,27 +293,28 @@ def hidden(
         >>> hidden(plan, stacked, route(plan, torch.tensor([[0, 1]]))).flatten()
         tensor([ 1., 20.])
     """
-    h = _chosen(plan, stacked, routing)
-    if routing.lookups:
-        h = _after_looking(plan, h, routing.lookups)
-    if routing.live is not None:
-        h = h * routing.live.to(h.dtype)
-    if plan.own == "A":
-        return h
-    types = routing.types[..., None]
-    return torch.cat([h * (types == number) for number in range(len(plan.groups))], -1)
+    return turned(plan, chosen(plan, stacked, routing), routing)
 
 
-def _chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
-    """A_m x of each token, with zeros up to the width of B."""
+def chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
+    """A_m x of each token, with zeros up to the width of B; layers side by side stay so."""
     if plan.own == "B":
         return stacked
+    each = stacked.unflatten(-1, (-1, plan.rows))
     if routing.columns is None:
-        first = stacked[..., : plan.ranks[0]]
-        return first if plan.ranks[0] == plan.width else F.pad(first, (0, plan.width - plan.ranks[0]))
-    if len(set(plan.ranks)) > 1:
-        stacked = F.pad(stacked, (0, 1))
-    return stacked.gather(-1, routing.columns.expand(*stacked.shape[:2], -1))
+        each = each[..., : plan.ranks[0]]
+        each = each if plan.ranks[0] == plan.width else F.pad(each, (0, plan.width - plan.ranks[0]))
+    else:
+        each = F.pad(each, (0, 1)) if len(set(plan.ranks)) > 1 else each
+        each = each.gather(-1, routing.columns[:, :, None].expand(*each.shape[:-1], -1))
+    return each.flatten(-2)
+
+
+def turned(plan: MokA, h: Tensor, routing: Routing) -> Tensor:
+    """What B is applied to, of A_m x of each token."""
+    if routing.lookups:
+        h = _after_looking(plan, h, routing.lookups)
+    return spread(plan, h, routing)
 
 
 def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
@@ -322,12 +323,34 @@ def _after_looking(plan: MokA, h: Tensor, lookups: Sequence[Lookup]) -> Tensor:
         wide = h if h.dtype == torch.float64 else h.float()
         total = wide
         for lookup in lookups:
-            keys = wide.gather(1, lookup.index[..., None].expand(-1, -1, plan.width))
-            query, key = (part.unflatten(-1, (plan.heads, -1)).transpose(1, 2) for part in (wide, keys))
+            keys = wide.gather(1, lookup.index[..., None].expand(-1, -1, wide.shape[-1]))
+            query, key = (part.unflatten(-1, (-1, plan.width // plan.heads)).transpose(1, 2) for part in (wide, keys))
             bias = lookup.bias.to(wide.dtype)
             found = F.scaled_dot_product_attention(query, key, key, attn_mask=bias, scale=lookup.sharp)
             total = torch.addcmul(total, lookup.gain.to(wide.dtype), found.transpose(1, 2).flatten(2))
         return total.to(h.dtype)
 
 
-__all__ = ["Lookup", "MokA", "Routing", "RoutingError", "hidden", "route", "segments_of", "text_only"]
+def spread(plan: MokA, h: Tensor, routing: Routing) -> Tensor:
+    """h where the update is wanted, and with several B's in the columns of each token's own."""
+    if routing.live is not None:
+        h = h * routing.live.to(h.dtype)
+    if plan.own == "A":
+        return h
+    types, each = routing.types[..., None, None], h.unflatten(-1, (-1, plan.width))
+    return torch.cat([each * (types == number) for number in range(len(plan.groups))], -1).flatten(-2)
+
+
+__all__ = [
+    "Lookup",
+    "MokA",
+    "Routing",
+    "RoutingError",
+    "chosen",
+    "hidden",
+    "route",
+    "segments_of",
+    "spread",
+    "text_only",
+    "turned",
+]

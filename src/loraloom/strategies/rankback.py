@@ -1,0 +1,224 @@
+"""MokA's layers on a frozen weight as one node of the graph: forward as in ``rankspace.py``, and backward by hand.
+
+Attention in the rank space is cheap beside the layer, so backward does it again and nothing of it is kept: only x, and
+for each token what its own A makes of it, as in LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loraloom.fused import Adapted, _apart, _as, _down, _each, _of_lows, _plus, _rows, _stacked, _with_update
+from loraloom.strategies.modality import MokA
+from loraloom.strategies.rankspace import Lookup, Routing, chosen, spread, turned
+
+BLOCK = 2**22  # entries of the attention's weights at a time
+
+
+class Between(NamedTuple):
+    """What happens between the A's and the B's of MokA layers that see one input.
+
+    All three work on (batch * tokens) x columns, layers side by side.
+
+    Attributes:
+        plan: of all these layers.
+        routing: of their tokens.
+        shape: batch and tokens.
+
+    Example:
+        >>> from loraloom.strategies.rankspace import route
+        >>> plan = MokA({"image": 1}, rank=1, attention="none")
+        >>> between = Between(plan, route(plan, torch.tensor([[0, 1]])), torch.Size([1, 2]))
+        >>> kept = between.enter(torch.tensor([[1.0, 10.0], [2.0, 20.0]]))
+        >>> kept.flatten(), between.again(kept, torch.ones(2, 1))[1]
+        (tensor([ 1., 20.]), tensor([[1., 0.],
+                [0., 1.]]))
+    """
+
+    plan: MokA
+    routing: Routing
+    shape: torch.Size
+
+    def enter(self, down: Tensor) -> Tensor:
+        """Of what all A's make of each token, that of its own A, and without the rest's memory."""
+        return chosen(self.plan, self._apart(down), self.routing).flatten(0, 1).contiguous()
+
+    def leave(self, kept: Tensor) -> Tensor:
+        """What B is applied to."""
+        return turned(self.plan, self._apart(kept), self.routing).flatten(0, 1)
+
+    def again(self, kept: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`leave` gave, and what its gradient is for what :meth:`enter` was given."""
+        plan, routing, z = self.plan, self.routing, self._apart(kept)
+        back = _gathered(plan, self._apart(grad), routing)
+        h = z
+        if routing.lookups:
+            h, back = _looked_again(plan, z, back, routing.lookups)
+        return spread(plan, h, routing).flatten(0, 1), _unchosen(plan, back, routing).flatten(0, 1)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        return rows.view(*self.shape, rows.shape[-1])
+
+
+def routed(x: Tensor, layers: Sequence[Adapted], *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> tuple:
+    """What MokA layers on one input give: ``W x + bias + scale B h(A x)``, h as the routing says.
+
+    MokA is arXiv 2506.05191, equations 4 to 13. Kept for backward are x and what ``between.enter`` makes of A x, as
+    much as LoRA keeps. The rest is made again.
+
+    Args:
+        x: batch x tokens x in.
+        layers: one or more, all with this input, of equal rank; ``between`` is that of the first.
+        dropout: as in :func:`loraloom.fused.lora`, for a single layer.
+        dtype: as in :func:`loraloom.fused.lora`.
+
+    Returns:
+        One batch x tokens x out a layer.
+
+    Example:
+        >>> from loraloom.strategies.rankspace import route
+        >>> plan = MokA({"image": 1}, rank=1, attention="none")
+        >>> between = Between(plan, route(plan, torch.tensor([[0, 1]])), torch.Size([1, 2]))
+        >>> W, A, B = torch.eye(2), torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([[1.0], [0.0]])
+        >>> routed(torch.ones(1, 2, 2), [Adapted(W, None, A, B, scale=2.0, between=between)])
+        (tensor([[[ 5.,  1.],
+                 [13.,  1.]]]),)
+    """
+    tensors = [part for one in layers for part in (one.weight, one.bias, one.a, one.b)]
+    return _Routed.apply(x, layers[0].between, [one.scale for one in layers], dropout, dtype, *tensors)
+
+
+class _Routed(torch.autograd.Function):
+    """MokA layers on one input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, between: Between, scales: list[float], p: float, dtype: torch.dtype | None, *tensors: Any
+    ) -> tuple:
+        parts = list(_each(tensors, 4))
+        wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
+        flat = _as(_rows(x), wide)
+        down, kept = _down(flat, _stacked([part[2] for part in parts], thin), p)
+        z = between.enter(down)
+        outs = []
+        for (weight, bias, _, b), scale, h in zip(parts, scales, between.leave(z).chunk(len(parts), 1), strict=True):
+            y = F.linear(flat, _as(weight, wide), None if bias is None else _as(bias, wide))
+            outs.append(_plus(y, h, _as(b, thin).T, scale).view(*x.shape[:-1], len(weight)))
+        ctx.between, ctx.scales, ctx.p, ctx.dtype = between, scales, p, dtype
+        ctx.set_materialize_grads(False)
+        learns = any(need[2] for need in _each(ctx.needs_input_grad[5:], 4))
+        held = [part for weight, _, a, b in parts for part in (weight, a, b)]
+        ctx.save_for_backward(x if learns else None, kept, z, *held)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        x, kept, z, *saved = ctx.saved_tensors
+        parts, needs = list(_each(saved, 3)), list(_each(ctx.needs_input_grad[5:], 4))
+        found: list[list] = [[None] * 4 for _ in parts]
+        there = {i: _rows(g) for i, g in enumerate(grads) if g is not None}  # nobody used the others
+        if not there:
+            return (None,) * (5 + 4 * len(parts))
+        through = None
+        inner: list[Any] = [
+            None if i in there else z.new_zeros(len(z), b.shape[1]) for i, (_, _, b) in enumerate(parts)
+        ]
+        for i, g in there.items():
+            weight, _, b = parts[i]
+            if ctx.needs_input_grad[0]:
+                wide = _as(weight, ctx.dtype or g.dtype)
+                through = torch.mm(g, wide) if through is None else through.addmm_(g, wide)
+            inner[i] = torch.mm(_as(g, z.dtype), _as(b, z.dtype)).mul_(ctx.scales[i])
+        h, up = ctx.between.again(z, inner[0] if len(inner) == 1 else torch.cat(inner, dim=1))
+        lows = [a for _, a, _ in parts]
+        of_lows = None if x is None else _apart(_of_lows(ctx, x, kept, up), lows, dim=0)
+        seen = h.chunk(len(parts), 1)
+        for i, g in there.items():
+            _, a, b = parts[i]
+            if needs[i][3]:
+                found[i][3] = _as(torch.mm(_as(g, z.dtype).T, seen[i]).mul_(ctx.scales[i]), b.dtype)
+            if needs[i][2] and of_lows is not None:
+                found[i][2] = _as(of_lows[i], a.dtype)
+        if through is not None:
+            through = _with_update(through, up, _stacked(lows, z.dtype), kept, ctx.p)
+            through = through.view(*ctx.between.shape, through.shape[1])
+        return through, None, None, None, None, *(grad for one in found for grad in one)
+
+
+def _gathered(plan: MokA, grad: Tensor, routing: Routing) -> Tensor:
+    """Backward of ``spread``."""
+    if plan.own != "A":
+        types, each = routing.types[..., None, None], grad.unflatten(-1, (-1, plan.columns))
+        parts = each.split(plan.width, -1)
+        grad = torch.stack([part * (types == number) for number, part in enumerate(parts)]).sum(0).flatten(-2)
+    return grad if routing.live is None else grad * routing.live.to(grad.dtype)
+
+
+def _unchosen(plan: MokA, grad: Tensor, routing: Routing) -> Tensor:
+    """Backward of ``chosen``."""
+    if plan.own == "B":
+        return grad
+    each = grad.unflatten(-1, (-1, plan.width))
+    if routing.columns is None:
+        return F.pad(each[..., : plan.ranks[0]], (0, plan.rows - plan.ranks[0])).flatten(-2)
+    room = plan.rows + (len(set(plan.ranks)) > 1)  # the last column takes what lies beyond a smaller rank
+    columns = routing.columns[:, :, None].expand(each.shape)
+    return each.new_zeros(*each.shape[:-1], room).scatter_(-1, columns, each)[..., : plan.rows].flatten(-2)
+
+
+def _looked_again(plan: MokA, h: Tensor, grad: Tensor, lookups: Sequence[Lookup]) -> tuple[Tensor, Tensor]:
+    """h after looking, and the gradient of h before it; in float32 at least."""
+    size = plan.width // plan.heads
+    with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
+        kind = torch.promote_types(h.dtype, torch.float32)
+        wide, of_h = h.to(kind), grad.to(kind)
+        total, back = wide, of_h
+        for lookup in lookups:
+            gain = lookup.gain.to(kind)
+            index = lookup.index[..., None].expand(-1, -1, wide.shape[-1])
+            query, key, of_found = (_heads(part, size) for part in (wide, wide.gather(1, index), of_h * gain))
+            bias = lookup.bias.to(kind).expand(-1, query.shape[0] // len(h), -1, -1).flatten(0, 1)
+            found, of_query, of_key = _attended(query, key, of_found, bias, lookup.sharp)
+            total = torch.addcmul(total, gain, _joined(found, len(h)))
+            back = (back + _joined(of_query, len(h))).scatter_add_(1, index, _joined(of_key, len(h)))
+        return total.to(h.dtype), back.to(grad.dtype)
+
+
+def _attended(query: Tensor, key: Tensor, grad: Tensor, bias: Tensor, sharp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``softmax(sharp q k^T + bias) k``, and the gradients of q and k; all heads x tokens x size, a block at a time."""
+    turned, of_key = key.transpose(1, 2), torch.zeros_like(key)
+    found, of_query = [], []
+    step = max(1, BLOCK // max(1, key.shape[0] * key.shape[1]))
+    for start in range(0, query.shape[1], step):
+        rows = slice(start, start + step)
+        q, g, off = query[:, rows], grad[:, rows], bias if bias.shape[1] == 1 else bias[:, rows]
+        share = torch.baddbmm(off, q, turned, alpha=sharp).softmax(-1)
+        found.append(torch.bmm(share, key))
+        of_share = torch.bmm(g, turned).sub_((g * found[-1]).sum(-1, keepdim=True)).mul_(share)
+        of_query.append(torch.bmm(of_share, key).mul_(sharp))
+        of_key.baddbmm_(share.transpose(1, 2), g).baddbmm_(of_share.transpose(1, 2), q, alpha=sharp)
+    return _whole(found), _whole(of_query), of_key
+
+
+def _whole(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+
+def _heads(x: Tensor, size: int) -> Tensor:
+    """batch x tokens x (heads * size) as (batch * heads) x tokens x size."""
+    return x.unflatten(-1, (-1, size)).transpose(1, 2).flatten(0, 1)
+
+
+def _joined(x: Tensor, batch: int) -> Tensor:
+    """Backward of ``_heads``."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+
+
+__all__ = ["Between", "routed"]
