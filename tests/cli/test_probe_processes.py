@@ -43,13 +43,13 @@ def _alone(rank: int, size: int, port: int, words: tuple[str, ...]) -> dict:
 
     PartialState._reset_state()
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    count, plain = [0], Bench.outcome
+    count, plain = [0], Bench.outcomes
 
-    def outcome(self: Bench, *arguments: object) -> object:
+    def outcomes(self: Bench, *arguments: object) -> object:
         count[0] += 1
         return plain(self, *arguments)
 
-    Bench.outcome = outcome
+    Bench.outcomes = outcomes
     environment = {
         "COLUMNS": "160",
         "NO_COLOR": "1",

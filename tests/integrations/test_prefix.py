@@ -4,94 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import MappingProxyType
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import loraloom as ll
-import tiny_llava
-from loraloom.adapter import Adapter, Factors
 from loraloom.integrations.prefix import Family, Scores
-from loraloom.integrations.scoring import bench
 from loraloom.integrations.trunk import Shape
-from loraloom.probes.game import game_of_units, many
-from loraloom.tasks import Example, Task
-from tiny import tiny_llama
-from tiny_text import VOCAB, Letters, text_task
-
-LAYERS = 3
-
-
-def adapter_on(model: nn.Module, ends: tuple[str, ...], scale: float = 1.0, **config) -> Adapter:
-    """A random adapter on all linear layers of such names."""
-    draw = torch.Generator().manual_seed(3)
-    modules = {
-        name: Factors(
-            B=torch.randn(part.out_features, 2, generator=draw),
-            A=torch.randn(2, part.in_features, generator=draw),
-            scale=scale,
-        )
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and name.endswith(ends)
-    }
-    assert modules
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2 * scale, "target_modules": list(modules), **config}
-    return Adapter(settings, modules)
-
-
-def causal():
-    made = bench(
-        tiny_llama(vocab=VOCAB, layers=LAYERS), text_task(()), family="causal", processor=Letters(), max_length=30
-    )
-    return made, adapter_on(made.model, ("q_proj", "down_proj"))
-
-
-def encoder():
-    from transformers import BertConfig, BertModel
-
-    size = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(vocab_size=VOCAB, **size)).eval()
-    made = bench(model, text_task(n=150), family="encoder", processor=Letters())
-    return made, adapter_on(model, ("query", "output.dense"))
-
-
-def vision():
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    model = Dinov2Model(Dinov2Config(**sizes)).eval()
-    draw = np.random.default_rng(0)
-    rows = [Example(draw.integers(0, 256, (8, 8, 3), np.uint8), ("a", "b"), at % 2) for at in range(70)]
-    splits = MappingProxyType({"train": rows, "validation": rows, "test": rows})
-    task = Task("noise", "image", ("a", "b"), "", splits, "here", "none")
-    stats = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    made = bench(model, task, family="vision", processor=stats, image_size=28)
-    return made, adapter_on(model, ("q_proj", "fc1"))
-
-
-def multimodal():
-    made = bench(tiny_llava.tiny_llava(), tiny_llava.task(), processor=tiny_llava.processor(), max_length=40)
-    return made, adapter_on(made.model, ("q_proj", "fc1", "down_proj"))
-
-
-def variants(adapter: Adapter, unit: str = "layer") -> list[Adapter | None]:
-    """The adapter with every set of its units left out; that of all is the base."""
-    found: list[Adapter | None] = []
-    game = game_of_units(adapter, lambda one: float(found.append(one) or 0), unit)
-    for on in itertools.chain(*(itertools.combinations(range(len(game.players)), n) for n in range(LAYERS + 1))):
-        game.value(on)
-    return found
+from loraloom.probes.game import many
+from tiny_variants import LAYERS, adapter_on, causal, encoder, multimodal, variants, vision
 
 
 def computed(made, monkeypatch) -> list:
@@ -114,7 +36,7 @@ def test_passes_that_begin_higher_give_the_same_numbers_to_the_bit(kind, monkeyp
     made.ready()
     asked = variants(adapter)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
-    score = Scores(made)
+    score = Scores(made, rows=1)
     plan = score.plan(asked)
     assert (plan.why, plan.naive, plan.passes) == ("", 8 * LAYERS, 2 + 4 + 8)
     seen = computed(made, monkeypatch)
@@ -122,7 +44,7 @@ def test_passes_that_begin_higher_give_the_same_numbers_to_the_bit(kind, monkeyp
     for at, one in enumerate(asked):
         plain[at] = (made.evaluate(one).value, torch.cat(seen))
         seen.clear()
-    for at, value in score.stream(asked, plan.order):
+    for at, value in score.stream(asked, plan.runs):
         assert value == plain[at][0] and torch.equal(torch.cat(seen), plain[at][1])
         seen.clear()
     assert len({str(numbers.tolist()) for _, numbers in plain.values()}) == 8  # no two variants compute the same
@@ -199,7 +121,10 @@ def test_what_is_not_one_adapter_with_modules_left_out_is_scored_one_by_one(monk
     other = replace(adapter, modules={**adapter.modules, name: adapter.modules[name].scaled(2.0)})
     asked = [adapter, other, None]
     plan = score.plan(asked)
-    assert plan.why == f"the adapters differ in what they hold of {name}" and (plan.order, plan.naive) == ((0, 1, 2), 0)
+    assert plan.why == f"the adapters differ in what they hold of {name}" and (plan.runs, plan.naive) == (
+        ((0,), (1,), (2,)),
+        0,
+    )
     assert many(score, asked) == [made.evaluate(one).value for one in asked] and score.work == (0, 0, 3)
     for given, why in (
         ([adapter], "one adapter alone"),
@@ -230,11 +155,11 @@ def test_the_plan_keeps_only_what_is_begun_with_again():
     shape = Shape(parts, (0, 1, 2), (0, 1, 2), (0, 0, 0), "")
     rows = sorted(itertools.product([False, True], repeat=3))
     assert shape.starts(rows) == [0, 2, 1, 2, 0, 2, 1, 2]
-    keeps = [sorted(one) for one in shape.keeps(rows)]
+    keeps = [sorted(one.keep) for one in shape.passes(rows)]
     assert keeps == [[1, 2], [], [2], [], [1, 2], [], [2], []]
     assert Shape(parts, (0, 1, 2), (0, 1, 2), (0, 0, 0), "no").starts(rows) == [0] * 8
     refused = Shape(parts, (0, 1, 2), (0, 1, 2), (0, 0, 0), "", frozenset({2}))
     assert refused.starts(rows) == [0, 1, 1, 1, 0, 1, 1, 1]
-    assert [sorted(one) for one in refused.keeps(rows)][:2] == [[1], []]
+    assert [sorted(one.keep) for one in refused.passes(rows)][:2] == [[1], []]
     above = Shape(parts, (-1, 1, 3), (0, 1, 2), (0, 0, 0), "")  # below the blocks, in one, behind them
     assert above.starts([(False,) * 3, (True, False, False), (True, True, False), (True, True, True)]) == [0, 0, 1, 2]

@@ -78,7 +78,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> list[in
     count = [0]
 
     def counting(plain: Callable) -> Callable:
-        def evaluate(self: Bench, *arguments: Any, **named: Any) -> Evaluation:
+        def evaluate(self: Bench, *arguments: Any, **named: Any) -> list[Evaluation]:
             if count[0] == most:
                 raise KeyboardInterrupt
             count[0] += 1
@@ -86,13 +86,15 @@ def counted(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> list[in
 
         return evaluate
 
-    monkeypatch.setattr(Bench, "outcome", counting(Bench.outcome))
+    monkeypatch.setattr(Bench, "outcomes", counting(Bench.outcomes))
     return count
 
 
-def report(made: Bench, adapter: Adapter, out: Path, request: dict = REQUEST, **options: Any) -> dict:
+def report(
+    made: Bench, adapter: Adapter, out: Path, request: dict = REQUEST, limit: int | None = None, **options: Any
+) -> dict:
     with kept(out, lambda: request, "probe shapley", **options):
-        found = shapley_report({"a": adapter}, made).to_json()
+        found = shapley_report({"a": adapter}, made, limit=limit).to_json()
         out.write_text(json.dumps(found))
     return found
 
@@ -104,9 +106,8 @@ def test_an_interrupted_probe_goes_on_from_there_and_gives_the_same(made, adapte
     out = tmp_path / "new" / "s.json"
     with monkeypatch.context() as stopped:
         counted(stopped, most=5)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
             report(made, adapter, out)
-    assert "the same command goes on from there" in capsys.readouterr().err
     part = out.with_name("s.json.part")
     assert part.is_file() and not out.exists() and len(part.read_text().splitlines()) == 1 + 2 + 5
     part.write_bytes(part.read_bytes() + b'{"of": "cut o')
@@ -114,6 +115,25 @@ def test_an_interrupted_probe_goes_on_from_there_and_gives_the_same(made, adapte
     assert report(made, adapter, out) == plain
     assert count == [11] and out.exists() and not part.exists()
     assert capsys.readouterr().err == "loraloom probe shapley: goes on; 5 scores are known from an earlier run\n"
+
+
+def test_variants_that_shared_a_pass_share_it_again_where_not_all_was_kept(made, adapter, tmp_path, monkeypatch):
+    plain = shapley_report({"a": adapter}, made, limit=8).to_json()
+    out = tmp_path / "s.json"
+    part = out.with_name("s.json.part")
+    with monkeypatch.context() as stopped:
+        counted(stopped, most=1)
+        with pytest.raises(KeyboardInterrupt):
+            report(made, adapter, out, limit=8)
+    lines = part.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 + 8  # two passes of eight variants each
+    for scores, passes in ((8, 1), (5, 2), (0, 2)):
+        out.unlink(missing_ok=True)
+        part.write_bytes(b"".join(lines[: 1 + 2 + scores]))
+        with monkeypatch.context() as noted:
+            count = counted(noted)
+            assert report(made, adapter, out, limit=8) == plain
+        assert count == [passes] and not part.exists()
 
 
 def test_a_killed_probe_loses_at_most_the_evaluation_that_it_was_in(made, adapter, tmp_path, monkeypatch):
@@ -124,8 +144,8 @@ def test_a_killed_probe_loses_at_most_the_evaluation_that_it_was_in(made, adapte
     if child == 0:  # the seventh evaluation never ends
         try:
             count = counted(monkeypatch)
-            plain = Bench.outcome
-            Bench.outcome = lambda self, *a: plain(self, *a) if count[0] < 6 else time.sleep(60)
+            plain = Bench.outcomes
+            Bench.outcomes = lambda self, *a: plain(self, *a) if count[0] < 6 else time.sleep(60)
             report(made, adapter, out)
         finally:
             os._exit(1)

@@ -87,9 +87,13 @@ class Gates:
                 f"layer is not the base layer; allowed are starts that keep the base (true, gaussian, eva, orthogonal)"
             )
         for unit, on in zip(self.units, active, strict=True):
-            for name in self.modules[unit]:
-                for layer in self._layers[name]:
-                    (_open if on else _close)(layer)
+            self.set_one(unit, on)
+
+    def set_one(self, unit: str, on: bool) -> None:
+        """Open or close the gate of one unit, where :meth:`set` was allowed to close it."""
+        for name in self.modules[unit]:
+            for layer in self._layers[name]:
+                (_open if on else _close)(layer)
 
     def open(self) -> None:
         """All gates open and every input dropout as it was when these gates were made."""

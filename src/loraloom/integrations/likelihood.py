@@ -15,6 +15,7 @@ from loraloom.integrations.generation import answer_tokens, is_free
 from loraloom.tasks import Example, Task
 from loraloom.tasks.media import RATE
 
+BATCH = 16  # examples in a forward pass
 ONE_A_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what a processor tells of each token; text that follows has 0
 
 
@@ -113,17 +114,23 @@ class Continuation:
 
     def choose(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
         """The choice with the highest mean log-likelihood per token, (n,)."""
-        return np.array([int(np.argmax(scores)) for scores in self.likelihoods(model, examples)])
+        return self.choices(model, examples)[0]
 
-    def likelihoods(self, model: nn.Module, examples: Sequence[Example], batch: int = 16) -> Iterator[list[float]]:
+    def choices(self, model: nn.Module, examples: Sequence[Example], copies: int = 1) -> np.ndarray:
+        """The same, (copies, n), of a model that answers each batch so many times, one after the other."""
+        batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+        found = [self._likelihoods(model, batch, copies) for batch in batches]
+        return np.array([[int(np.argmax(scores)) for part in found for scores in part[copy]] for copy in range(copies)])
+
+    def likelihoods(self, model: nn.Module, examples: Sequence[Example], batch: int = BATCH) -> Iterator[list[float]]:
         """Mean log-likelihood per token of each choice of each example, in nats.
 
         Choices that begin alike share a row: where all are one token, an example is one row.
         """
         for start in range(0, len(examples), batch):
-            yield from self._likelihoods(model, examples[start : start + batch])
+            yield from self._likelihoods(model, examples[start : start + batch])[0]
 
-    def _likelihoods(self, model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
+    def _likelihoods(self, model: nn.Module, examples: Sequence[Example], copies: int = 1) -> list[list[list[float]]]:
         answers = [[self._tokens(choice) for choice in example.choices] for example in examples]
         rows: list[Row] = []
         places: list[list[int]] = []  # row of each choice
@@ -135,19 +142,26 @@ class Continuation:
             )
             rows += [Row(*asked, list(beginning)) for beginning in shared]
         batch = self._stacked(rows)
-        if not rows[0].beside:
-            del batch["labels"]  # else they tell which tokens no other modality may look at
+        if not rows[0].beside or copies > 1:
+            del batch["labels"]  # else they tell which tokens no other modality may look at; a loss would need copies
         with torch.inference_mode():
             device = next(model.parameters()).device
             logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-        logs = [
-            torch.log_softmax(held[len(row.asked) - 1 : len(row.asked) + len(row.told)].float(), -1).cpu()
-            for held, row in zip(logits, rows, strict=True)
-        ]
-        return [
-            [logs[row][torch.arange(len(a)), torch.tensor(a)].mean().item() for row, a in zip(where, told, strict=True)]
-            for where, told in zip(places, answers, strict=True)
-        ]
+        return [_of_choices(part, rows, places, answers) for part in logits.chunk(copies)]
+
+
+def _of_choices(
+    logits: Tensor, rows: Sequence[Row], places: Sequence[Sequence[int]], answers: Sequence[Sequence[list[int]]]
+) -> list[list[float]]:
+    """The likelihoods of each example's answers, each read from its row."""
+    logs = [
+        torch.log_softmax(held[len(row.asked) - 1 : len(row.asked) + len(row.told)].float(), -1).cpu()
+        for held, row in zip(logits, rows, strict=True)
+    ]
+    return [
+        [logs[row][torch.arange(len(a)), torch.tensor(a)].mean().item() for row, a in zip(where, told, strict=True)]
+        for where, told in zip(places, answers, strict=True)
+    ]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -1,20 +1,23 @@
-"""Many variants of one adapter scored together: a forward pass begins at the first block in which a variant differs.
+"""Many variants of one adapter scored together: a pass begins where a variant differs, and may carry several.
 
 Variants that have some modules of an adapter and lack others are switched by gates on one attached model. In an order
 that puts beginnings that are alike side by side, the blocks below the first changed module would compute again what
 they did for the variant before; what went into that block is kept instead, and the pass begins there. Blocks below hand
 their input on. All else of the model (embeddings, masks, positions) runs as ever, so no architecture is known here.
 
+Where a batch has few rows, several variants go through one pass, each block with the rows of as many as differ up to it
+(``rows``). The blocks to run are as many as one by one, in fewer and larger steps; rounding may differ in last bits.
+
 Whether a model can do that is tried out on two examples before it is used: at every block, the outputs must be those of
 the whole pass. Where they are not, no pass begins there (LLaVA reads its picture tower before the last block); where
-they are at none, every pass is whole, and :attr:`Plan.why` says why.
+they are at none, every pass is whole, and :attr:`Plan.why` says why. Likewise for several variants in one pass.
 
 What is kept is bounded by ``memory``. A state that has no room is not kept: passes then begin lower, and stay exact.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +29,14 @@ import torch
 from loraloom.adapter import Adapter, Factors
 from loraloom.contents import of_factors, of_settings
 from loraloom.integrations.gates import Gates
-from loraloom.integrations.trunk import MEMORY, Shape, Trunk, tried
-from loraloom.probes.game import Work
+from loraloom.integrations.trial import shared, tried
+from loraloom.integrations.trunk import MEMORY, Shape, Trunk
+from loraloom.probes.game import Work, check_whole
 
+ROWS = 64  # of a pass that carries several variants; measured on a processor (benchmarks/attribution.py)
+_FEWEST = 4  # variants in a pass; fewer of so many more rows gain nothing
+_RUN = 64  # variants, or fewer, so that there are several runs to share among processes
+_RUNS = 4
 _TRIED = 2  # examples
 _PART = re.compile(r"\[[^\[\]]*\]$")  # of a module that holds several updates: a modality, an expert
 
@@ -38,13 +46,15 @@ class Plan:
     """How several adapters are scored.
 
     Attributes:
-        order: their indices, so that those with the same beginning follow each other.
+        runs: their indices, so that those with the same beginning follow each other. A score depends, to its last bit,
+            on nothing but what is in its run and the order there.
         passes: blocks to run, each over all examples.
         naive: how many it would be if every pass began at the bottom; 0 where the blocks are not known.
-        why: what keeps passes from beginning higher; empty where nothing does.
+        why: what keeps passes from beginning higher, or from carrying several variants where batches are small; empty
+            where nothing does.
     """
 
-    order: tuple[int, ...]
+    runs: tuple[tuple[int, ...], ...]
     passes: int
     naive: int
     why: str
@@ -62,15 +72,29 @@ class Scores:
         split: train, validation or test.
         limit: only the first so many examples.
         memory: bytes of states that may be kept.
+        rows: as many variants share a pass as have this many rows together, at least four; 1 is off.
 
     Attributes:
         work: blocks to run for all that was asked for, as planned.
-        why: what kept passes of the last :meth:`many` from beginning higher, as in :class:`Plan`.
-        ran: blocks that did run for adapters that were asked for together, means over batches.
+        why: of the last :meth:`many`, as in :class:`Plan`.
+        ran: blocks that did run for adapters that were asked for together, means over batches; a block that ran for
+            several variants counts for each.
+
+    Raises:
+        ValueError: ``rows`` is no whole number of at least 1.
     """
 
-    def __init__(self, bench: Any, split: str = "test", limit: int | None = None, *, memory: int = MEMORY) -> None:
-        self.bench, self.split, self.limit, self.memory = bench, split, limit, memory
+    def __init__(
+        self,
+        bench: Any,
+        split: str = "test",
+        limit: int | None = None,
+        *,
+        memory: int = MEMORY,
+        rows: int = ROWS,
+    ) -> None:
+        check_whole("rows", rows, 1)
+        self.bench, self.split, self.limit, self.memory, self.rows = bench, split, limit, memory, rows
         self.work = Work()
         self.why = ""
         self.ran = 0.0
@@ -88,41 +112,51 @@ class Scores:
         """The scores of several, in the order given."""
         plan = self.plan(adapters)
         self.work, self.why = plan.added_to(self.work, len(adapters)), plan.why
-        found = dict(self.stream(adapters, plan.order))
+        found = dict(self.stream(adapters, plan.runs))
         return [found[at] for at in range(len(adapters))]
 
     def plan(self, adapters: Sequence[Adapter | None]) -> Plan:
         """How they would best be scored; attaches and runs two examples the first time."""
+        singles = tuple((at,) for at in range(len(adapters)))
         family = Family.of(adapters)
         shape = family if isinstance(family, str) else self._shape(family)
         if isinstance(shape, str):
-            return Plan(tuple(range(len(adapters))), 0, 0, shape)
+            return Plan(singles, 0, 0, shape)
         switches = [shape.switches(one) for one in adapters]
-        order = tuple(sorted(range(len(adapters)), key=switches.__getitem__))
+        order = sorted(range(len(adapters)), key=switches.__getitem__)
+        copies = self._copies(shape)
+        length = copies * -(-min(_RUN, -(-len(order) // _RUNS)) // copies) if copies > 1 else 1
+        runs = tuple(tuple(order[at : at + length]) for at in range(0, len(order), length))
         naive = len(order) * shape.blocks
-        starts = shape.starts([switches[at] for at in order])
-        return Plan(order, naive if shape.why else naive - sum(starts), naive, shape.why)
+        saved = sum(sum(shape.starts([switches[at] for at in some])) for some in _stretches(runs))
+        return Plan(runs, naive - saved, naive, shape.why or shape.apart)
 
-    def stream(self, adapters: Sequence[Adapter | None], order: Sequence[int]) -> Iterator[tuple[int, float]]:
-        """Index and score of each adapter as they come, in the order given; close it if it is not run to its end."""
-        family = Family.of([adapters[at] for at in order])
+    def stream(self, adapters: Sequence[Adapter | None], runs: Sequence[Sequence[int]]) -> Iterator[tuple[int, float]]:
+        """Index and score of each adapter in some runs of a plan, as they come; close it if it is not run to its end.
+
+        Args:
+            adapters: those that the plan is of.
+            runs: of the plan; those of one adapter follow each other as one.
+        """
+        if not runs:
+            return
+        family = Family.of(adapters)
         shape = family if isinstance(family, str) else self._shape(family)
         if isinstance(family, str) or isinstance(shape, str):
-            yield from ((at, self._alone(adapters[at])) for at in order)
+            yield from ((at, self._alone(adapters[at])) for run in runs for at in run)
             return
-        switches = [shape.switches(adapters[at]) for at in order]
+        copies = self._copies(shape)
         self.bench.ready(self.split, self.limit)
         with self.bench.seat.attached(family.union) as live:
-            gates, trunk = Gates(live, "module"), Trunk(live, shape, self.memory)
-            starts, keeps = shape.starts(switches), shape.keeps(switches)
-            with trunk.running(), contextlib.ExitStack() as after:
-                after.callback(gates.open)
-                for at, start, keep, switch in zip(order, starts, keeps, switches, strict=True):
-                    gates.set(shape.gates(switch, gates.units))
-                    trunk.begin(start, keep)
-                    value = float(self.bench.outcome(live, self.split, self.limit).value)
-                    self.ran += trunk.ran / max(1, trunk.batch + 1)
-                    yield at, value
+            trunk = Trunk(live, shape, Gates(live, "module"), self.memory)
+            with trunk.running(several=copies > 1):
+                for some in _stretches(runs):
+                    left = iter(some)
+                    for given in shape.passes([shape.switches(adapters[at]) for at in some], copies):
+                        trunk.begin(given)
+                        found = self.bench.outcomes(live, self.split, self.limit, len(given.starts))
+                        self.ran += trunk.ran / max(1, trunk.batch + 1)
+                        yield from ((next(left), float(one.value)) for one in found)
 
     def _shape(self, family: Family) -> Shape | str:
         """What the model allows, or why it is not even switched."""
@@ -132,8 +166,29 @@ class Scores:
                 return "answers are written token by token"
             examples = self.bench.ready(self.split, self.limit)[:_TRIED]
             with self.bench.seat.attached(family.union) as live, torch.inference_mode():
-                self._shapes[key] = tried(live, family.parts, partial(self.bench.choose, live, examples))
+                run = partial(self.bench.choices, live, examples)
+                shape = tried(live, family.parts, run)
+                if isinstance(shape, Shape) and not shape.why and self._fit(shape) > 1:
+                    shape = shared(live, shape, run)
+            self._shapes[key] = shape
         return self._shapes[key]
+
+    def _copies(self, shape: Shape) -> int:
+        """How many variants may share a pass."""
+        return self._fit(shape) if shape.floor < shape.blocks else 1
+
+    def _fit(self, shape: Shape) -> int:
+        """How many have room in one, with as many rows an example as the tried ones had."""
+        count = max(1, len(self.bench.ready(self.split, self.limit)))
+        full = -(-shape.rows * min(count, self.bench.batch) // min(count, _TRIED))
+        copies = self.rows // full
+        return copies if copies >= _FEWEST else 1
+
+
+def _stretches(runs: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """What is passed without a break: each run, but those of one alone together, which are the same bits anyway."""
+    alone = all(len(run) == 1 for run in runs)
+    return [list(itertools.chain.from_iterable(runs))] if alone else runs
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from loraloom.adapter import Adapter
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.generation import check_judge, judged
-from loraloom.integrations.likelihood import Continuation
-from loraloom.integrations.prefix import Scores
+from loraloom.integrations.likelihood import BATCH, Continuation
+from loraloom.integrations.prefix import ROWS, Scores
+from loraloom.integrations.prototypes import Prototypes, fit_prototypes
 from loraloom.integrations.seat import Seat
 from loraloom.models import models
 from loraloom.registry import UnknownName, edge
@@ -29,9 +30,7 @@ from loraloom.tasks import Example, Task, load_task
 from loraloom.tasks.hub import HubTask
 from loraloom.tasks.metrics import Estimate, accuracy
 
-TEMPERATURE = 1 / 16  # of the cosine logits of prototype heads; 16 is high enough to fit, low enough to keep a gradient
 PROTOTYPE_EXAMPLES = 160  # so many training examples make the prototypes, or 16 a label if that is more
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,56 +55,6 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Task, split, value, ends of the interval and number of examples."""
         return {"task": self.task, "split": self.split, **self.estimate.to_json()}
-
-
-@dataclass(frozen=True, eq=False)
-class Prototypes:
-    """A fixed linear head on features: ``logits = cos(feature - centre, direction of the label) / temperature``.
-
-    Attributes:
-        centre: mean of the frozen features, (width,).
-        directions: unit vectors, labels x width.
-        pool: ``cls`` (first token) or ``mean`` (over unmasked tokens).
-    """
-
-    centre: Tensor
-    directions: Tensor
-    pool: str
-
-    def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Batch x tokens x width -> batch x width."""
-        if self.pool == "cls":
-            return hidden[:, 0]
-        if mask is None:
-            return hidden.mean(1)
-        weight = mask[..., None].to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Batch x width -> batch x labels."""
-        centred = F.normalize(features.float() - self.centre.to(features.device), dim=-1)
-        return centred @ self.directions.to(features.device).T / TEMPERATURE
-
-
-def fit_prototypes(features: Tensor, labels: Tensor, classes: int, pool: str) -> Prototypes:
-    """Prototypes from frozen features (n x width) and their labels (n).
-
-    Raises:
-        ValueError: a label has no example.
-
-    Example:
-        >>> head = fit_prototypes(torch.eye(2), torch.tensor([0, 1]), classes=2, pool="cls")
-        >>> head.logits(torch.tensor([[5.0, 0.0]])).argmax().item()
-        0
-    """
-    missing = sorted(set(range(classes)) - set(labels.tolist()))
-    if missing:
-        raise ValueError(f"labels {missing} have no training example, so they have no prototype")
-    features = features.float()
-    centre = features.mean(0)
-    unit = F.normalize(features - centre, dim=-1)
-    means = torch.stack([unit[labels == label].mean(0) for label in range(classes)])
-    return Prototypes(centre, F.normalize(means, dim=-1), pool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +169,8 @@ class Bench:
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
-        return head.features(hidden, batch.get("attention_mask")).cpu()
+        mask = batch.get("attention_mask")
+        return head.features(hidden, mask if mask is None else mask.repeat(len(hidden) // len(mask), 1)).cpu()
 
     def _batches(self, examples: Sequence[Example], size: int = 64) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(examples), size):
@@ -228,10 +178,19 @@ class Bench:
 
     def choose(self, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
         """The chosen label of every example, (n,)."""
+        return self.choices(model, examples)[0]
+
+    def choices(self, model: nn.Module, examples: Sequence[Example], copies: int = 1) -> np.ndarray:
+        """The same, (copies, n), of a model that answers each batch so many times, one after the other."""
         if self.continues:
-            return self.rows.choose(model, examples)
+            return self.rows.choices(model, examples, copies)
         logits = [self.head.logits(self._features(model, batch, self.head)) for batch in self._batches(examples)]
-        return torch.cat(logits).argmax(-1).numpy()
+        return torch.cat([one.unflatten(0, (copies, -1)) for one in logits], 1).argmax(-1).numpy()
+
+    @property
+    def batch(self) -> int:
+        """Examples in a forward pass."""
+        return BATCH if self.continues else 64
 
     # --- scores --------------------------------------------------------------------------------------------------
 
@@ -239,7 +198,7 @@ class Bench:
         """Accuracy of the base with ``adapter`` (None: the base alone) on a split, with its interval."""
         self.ready(split, limit)
         with self.seat.attached(adapter) as model:
-            return self.outcome(model, split, limit)
+            return self.outcomes(model, split, limit)[0]
 
     def ready(self, split: str = "test", limit: int | None = None) -> Sequence[Example]:
         """The examples of a split, once all is there to score them; the base must be bare.
@@ -255,17 +214,23 @@ class Bench:
             _ = self.head  # made while the base is bare: it is of frozen features
         return examples
 
-    def outcome(self, model: nn.Module, split: str = "test", limit: int | None = None) -> Evaluation:
-        """What :meth:`evaluate` gives, of a model that has its adapter on; :meth:`ready` comes before."""
+    def outcomes(
+        self, model: nn.Module, split: str = "test", limit: int | None = None, copies: int = 1
+    ) -> list[Evaluation]:
+        """What :meth:`evaluate` gives, of a model that has its adapters on, ``copies`` of them as in :meth:`choices`.
+
+        :meth:`ready` comes before.
+        """
         examples = self.task.splits[split][:limit]
         training = model.training
         model.eval()
         if self.task.judge:
-            correct = judged(model, self.processor, self.task, examples, max_length=self.max_length)
+            found = [judged(model, self.processor, self.task, examples, max_length=self.max_length)]
         else:
-            correct = self.choose(model, examples) == np.array([example.label for example in examples])
+            found = list(self.choices(model, examples, copies) == np.array([example.label for example in examples]))
         model.train(training)
-        return Evaluation(self.task.name, split, accuracy(correct), tuple(bool(c) for c in correct))
+        name = self.task.name
+        return [Evaluation(name, split, accuracy(correct), tuple(bool(c) for c in correct)) for correct in found]
 
 
 def pixels(images: Sequence[Any], size: int, stats: Mapping[str, Sequence[float]]) -> Tensor:
@@ -322,20 +287,26 @@ def bench(
 
 
 def score(
-    model: str | nn.Module, task: str | HubTask | Task, *, split: str = "test", limit: int | None = None, **options: Any
+    model: str | nn.Module,
+    task: str | HubTask | Task,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    rows: int = ROWS,
+    **options: Any,
 ) -> Callable[[Adapter | None], float]:
     """A score for analyses: a function from an adapter (None: the base) to accuracy on a task.
 
     The model is loaded once; each call attaches the adapter, evaluates and takes it off. Asked for many variants of
-    one adapter at once, as probes do, it runs what they have in common once (``integrations/prefix.py``). ``options``
-    are those of ``bench``.
+    one adapter at once, as probes do, it runs what they have in common once, and where there are few examples several
+    variants in one pass of at most ``rows`` rows (``integrations/prefix.py``). ``options`` are those of ``bench``.
 
     Example:
         >>> probe = score("vit-s14", "digits", split="validation", image_size=42)   # doctest: +SKIP
         >>> probe(ll.load("runs/coto-0")) > probe(None)                             # doctest: +SKIP
         True
     """
-    return Scores(bench(model, task, **options), split, limit)
+    return Scores(bench(model, task, **options), split, limit, rows=rows)
 
 
 def evaluate(

@@ -1,28 +1,47 @@
-"""The blocks of a model with an adapter on: in which order they run, and forward passes that begin at one of them.
+"""The blocks of a model with an adapter on: passes that begin at one of them and carry several variants.
 
-What ran before is not known here but for this: a block gets the hidden states and hands them on. Whether that is all is
-tried out at every block.
+Variants of one pass run as one as long as they are alike. Where one leaves the one before it, the rows of a batch are
+there once more from that block on, and each adapted layer takes its adapter for the rows of those that have it. All
+else of the model (embeddings, masks, positions) runs as ever, once for all.
+
+What ran before a block is not known here but for this: a block gets the hidden states and hands them on. Whether that
+is all is tried out (``integrations/trial.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapter import Adapter, UnsupportedKind
+from loraloom.adapter import Adapter
 from loraloom.integrations.gates import Gates
 from loraloom.strategies.units import layer
 
 MEMORY = 1 << 30  # bytes of states that are kept at most, on the model's device
-_FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+NOWHERE = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over every batch, of one variant or of several.
+
+    Attributes:
+        switches: of each variant, as :meth:`Shape.switches` tells them.
+        starts: for each the block at which it leaves the one before it, in this pass or before.
+        keep: the blocks whose input later passes begin with.
+    """
+
+    switches: tuple[Sequence[bool], ...]
+    starts: tuple[int, ...]
+    keep: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,10 @@ class Shape:
         forms: for each block the length of the tuple that it returns, 0 where it is the hidden states alone.
         why: what keeps every pass from beginning above the bottom; empty where nothing does.
         refused: the blocks at which a pass must not begin, as what is below them is also used elsewhere.
+        rows: of the last block's input, in the pass that was tried.
+        fixed: arguments of blocks that do not go by rows.
+        floor: the lowest block at which variants of one pass may part.
+        apart: why they may not part at any, where that was tried.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -44,6 +67,10 @@ class Shape:
     forms: tuple[int, ...]
     why: str
     refused: frozenset[int] = frozenset()
+    rows: int = 1
+    fixed: frozenset[str] = frozenset()
+    floor: int = NOWHERE
+    apart: str = ""
 
     @property
     def blocks(self) -> int:
@@ -60,8 +87,9 @@ class Shape:
         return [by[unit] for unit in units]
 
     def starts(self, rows: Sequence[Sequence[bool]]) -> list[int]:
-        """The block at which each pass may begin, after the one before it."""
-        return [0, *(0 if self.why else self._alike(one, other) for one, other in pairwise(rows))] if rows else []
+        """The block at which each variant may begin, after the one before it."""
+        alike = itertools.starmap(self._alike, itertools.pairwise(rows))
+        return [0, *(0 if self.why else at for at in alike)] if rows else []
 
     def _alike(self, one: Sequence[bool], other: Sequence[bool]) -> int:
         """How many blocks from the bottom compute the same."""
@@ -71,24 +99,49 @@ class Shape:
             at -= 1
         return at
 
-    def keeps(self, rows: Sequence[Sequence[bool]]) -> list[frozenset[int]]:
-        """For each pass the blocks whose input a later one begins with, before another pass changes it.
+    def passes(self, rows: Sequence[Sequence[bool]], most: int = 1) -> list[Pass]:
+        """How variants are passed in the order given, at most so many in one pass; the first begins at the bottom.
+
+        Example:
+            >>> shape = Shape({"a": ("a",), "b": ("b",)}, (0, 1), (0, 1), (0, 0), "", floor=0)
+            >>> for one in shape.passes([(False, False), (False, True), (True, False)], 2):
+            ...     print(one.starts, sorted(one.keep))
+            (0, 1) []
+            (0,) []
+        """
+        below = sum(depth < 0 for depth in self.depths)
+        starts = self.starts(rows)
+        groups: list[list[int]] = []
+        for at, start in enumerate(starts):
+            alike = at > 0 and start >= self.floor and rows[at][:below] == rows[at - 1][:below]
+            if alike and len(groups[-1]) < most:
+                groups[-1].append(at)
+            else:
+                groups.append([at])
+        begun = [tuple(starts[at] for at in group) for group in groups]
+        return [
+            Pass(tuple(rows[at] for at in group), own, keep)
+            for group, own, keep in zip(groups, begun, self.keeps(begun), strict=True)
+        ]
+
+    def keeps(self, starts: Sequence[Sequence[int]]) -> list[frozenset[int]]:
+        """For each pass, told by its starts, the blocks whose input a later one begins with before another changes it.
 
         Example:
             >>> shape = Shape({"a": ("a",), "b": ("b",)}, (0, 1), (0, 1), (0, 0), "")
-            >>> shape.keeps([(False, False), (False, True), (True, False)])
+            >>> shape.keeps([(0,), (1,), (0,)])
             [frozenset({1}), frozenset(), frozenset()]
         """
-        starts, found = self.starts(rows), []
-        for at, start in enumerate(starts):
+        found = []
+        for at, own in enumerate(starts):
             lowest, kept = self.blocks, set()
-            for later in starts[at + 1 :]:
+            for later in itertools.chain.from_iterable(starts[at + 1 :]):
                 if later < lowest:
                     lowest = later
                     kept.add(later)
-                if later <= start:
+                if later <= min(own):
                     break
-            found.append(frozenset(one for one in kept if one > start))
+            found.append(frozenset(one for one in kept if one > min(own)))
         return found
 
 
@@ -98,70 +151,127 @@ class Trunk:
 
     Attributes:
         live: a PeftModel.
-        shape: of :func:`tried`.
+        shape: of ``trial.tried``.
+        gates: of its modules; a pass sets them.
         memory: bytes that may be kept.
-        ran: blocks that have run since :meth:`begin`, over all batches.
+        ran: blocks that have run since :meth:`begin`, over all batches; once for each variant that was in them.
         batch: number of the last batch since then, from 0.
         held: bytes that are kept.
     """
 
     live: Any
     shape: Shape
+    gates: Gates
     memory: int = MEMORY
     ran: int = 0
     batch: int = -1
     held: int = 0
-    _limit: int = 0
-    _start: int = 0
-    _keep: frozenset[int] = frozenset()
+    _pass: Pass = Pass((), ())
+    _starts: list[int] = field(default_factory=list)
+    _inside: list[int] = field(default_factory=list)  # variants that have rows of their own in the block that runs
     _states: list[dict[int, Tensor]] = field(default_factory=list)
 
-    def begin(self, start: int, keep: frozenset[int]) -> None:
-        """Before each evaluation: where its passes may begin, and what is wanted of them later."""
-        self._limit, self._keep, self.batch, self.ran = start, keep, -1, 0
+    def __post_init__(self) -> None:
+        self._paths = list(self.shape.parts)
+
+    def begin(self, given: Pass) -> None:
+        """Before each evaluation: what its passes carry.
+
+        A model then answers every batch with as many times its rows as there are variants, one after the other.
+        """
+        self._pass, self.batch, self.ran = given, -1, 0
+        self.gates.set(self.shape.gates(given.switches[0], self.gates.units))
+        begun_with = set(itertools.accumulate(given.starts, min))
         for states in self._states:
-            for at in [at for at in states if at > start]:
+            for at in [at for at in states if at > min(given.starts) and at not in begun_with]:
                 self.held -= states.pop(at).nbytes
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """The model's blocks run under control inside; afterwards the model is as before, and nothing is kept."""
-        found = blocks_of(self.live, self.shape.parts)
-        blocks = [found[at] for at in self.shape.order]
-        before = [vars(block).get("forward") for block in blocks]
+    def running(self, several: bool = False) -> Iterator[None]:
+        """The model's blocks run under control inside; afterwards the model is as before, and nothing is kept.
+
+        Args:
+            several: whether a pass carries several variants.
+        """
+        found, base = blocks_of(self.live, self.shape.parts), self.live.get_base_model()
+        runs: list[tuple[Any, Callable[..., Any]]] = [
+            (found[index], partial(self._run, at)) for at, index in enumerate(self.shape.order)
+        ]
+        if several:
+            runs += [(base.get_submodule(path), partial(self._adapt, at)) for at, path in enumerate(self.shape.parts)]
+        before = [vars(module).get("forward") for module, _ in runs]
         hook = self.live.register_forward_pre_hook(self._next_batch)
-        for at, block in enumerate(blocks):
-            block.forward = partial(self._run, at, block.forward)
+        for module, run in runs:
+            module.forward = partial(run, module.forward)
         try:
             yield
         finally:
             hook.remove()
-            for block, own in zip(blocks, before, strict=True):
-                del block.forward
+            for (module, _), own in zip(runs, before, strict=True):
+                del module.forward
                 if own is not None:
-                    block.forward = own
+                    module.forward = own
+            self.gates.open()
             self._states, self.held = [], 0
 
     def _next_batch(self, module: nn.Module, arguments: tuple) -> None:
         self.batch += 1
+        self._inside, self._starts = [], []
         if self.batch == len(self._states):
             self._states.append({})
-        self._start = max((at for at in self._states[self.batch] if at <= self._limit), default=0)
+        for start in self._pass.starts:
+            kept = [at for at in self._states[self.batch] if at <= start]
+            begins_with_kept = all(start <= earlier for earlier in self._starts)
+            self._starts.append(max(kept, default=0) if begins_with_kept else start)
 
     def _run(self, at: int, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        states, hidden = self._states[self.batch], _hidden(arguments, named)
-        if at < self._start:
+        hidden = hidden_of(arguments, named)
+        before = self._inside
+        self._inside = [one for one, start in enumerate(self._starts) if start <= at]
+        if not self._inside:
             length = self.shape.forms[at]
             return (hidden, *[None] * (length - 1)) if length else hidden
-        self.ran += 1
-        if at == self._start and at in states:
-            hidden = states[at].clone()  # a block may write into its input
-        elif at in self._keep and self.held + hidden.nbytes <= self.memory:
-            states[at] = hidden.clone()
-            self.held += hidden.nbytes
+        self.ran += len(self._inside)
+        hidden = self._joined(at, hidden, before)
+        times = len(self._inside)
+        if times > 1:
+            rows, fixed = len(hidden) // times, self.shape.fixed
+            arguments = tuple(_repeated(str(i), one, rows, times, fixed) for i, one in enumerate(arguments))
+            named = {name: _repeated(name, one, rows, times, fixed) for name, one in named.items()}
         if arguments:
             return forward(hidden, *arguments[1:], **named)
         return forward(**{**named, "hidden_states": hidden})
+
+    def _joined(self, at: int, hidden: Tensor, before: Sequence[int]) -> Tensor:
+        """The input of a block for all variants in it, of that for those that were in the block below."""
+        states = self._states[self.batch]
+        parts = hidden.chunk(max(1, len(before)))
+        own = dict(zip(before, parts, strict=False))
+        last = states.get(at, hidden)  # what a variant begins with where no other of this pass goes before it
+        inputs = [last := own.get(one, last) for one in self._inside]
+        if before and at in states:
+            self.held -= states.pop(at).nbytes
+        if before and at in self._pass.keep and self.held + parts[-1].nbytes <= self.memory:
+            states[at] = parts[-1].clone()
+            self.held += parts[-1].nbytes
+        return hidden if self._inside == before else torch.cat(inputs)  # new memory: a block may write into its input
+
+    def _adapt(self, at: int, forward: Callable[..., Any], hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        """An adapted layer: with its adapter for the rows of the variants that have it, without for the others."""
+        path = self._paths[at]
+        on = [bool(self._pass.switches[one][at]) for one in self._inside]
+        if len(set(on)) < 2:
+            if on:
+                self.gates.set_one(path, on[0])
+            return forward(hidden, *arguments, **named)
+        if len(hidden) % len(on):
+            raise ValueError(f"{path} sees {len(hidden)} rows, of which it is not told whose they are")
+        parts, made = hidden.chunk(len(on)), {}
+        for open_ in (False, True):
+            self.gates.set_one(path, open_)
+            rows = torch.cat([part for part, its in zip(parts, on, strict=True) if its is open_])
+            made[open_] = iter(forward(rows, *arguments, **named).chunk(on.count(open_)))
+        return torch.cat([next(made[its]) for its in on])
 
 
 def blocks_of(live: Any, paths: Iterable[str]) -> list[nn.Module]:
@@ -172,137 +282,23 @@ def blocks_of(live: Any, paths: Iterable[str]) -> list[nn.Module]:
     return [block for held in lists if isinstance(held, nn.ModuleList | nn.Sequential) for block in held]
 
 
-def tried(live: Any, parts: Mapping[str, tuple[str, ...]], run: Callable[[], Any]) -> Shape | str:
-    """Find out in which order blocks and modules run, and whether a pass may begin at any of them.
-
-    Args:
-        live: a PeftModel with all modules on.
-        parts: as in :class:`Family`.
-        run: one forward pass of it.
-
-    Returns:
-        The shape, or why modules cannot be switched by themselves.
-    """
-    try:
-        units = Gates(live, "module").units
-    except UnsupportedKind as error:
-        return str(error)
-    if strange := set(units) ^ set(parts):
-        return f"{min(strange)} is no layer that is switched by itself"
-    seen = Seen(live, parts)
-    with seen.watching():
-        run()
-    depths = {path: seen.depths.get(path, len(seen.order)) for path in parts}
-    ordered = sorted(parts, key=depths.__getitem__)
-    depth = tuple(depths[path] for path in ordered)
-    forms = tuple(seen.forms.get(at, 0) for at in seen.order)
-    shape = Shape({path: parts[path] for path in ordered}, depth, tuple(seen.order), forms, seen.why)
-    if shape.why:
-        return shape
-    wrong = _wrong(live, shape, run)
-    all_wrong = len(wrong) == shape.blocks - 1 > 0
-    return replace(shape, refused=frozenset(wrong), why=wrong[shape.blocks - 1] if all_wrong else "")
+def tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an argument by name; of those in a tuple or list also the place."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for at, one in enumerate(value):
+            yield from tensors_in(f"{name}.{at}", one)
 
 
-def _wrong(live: Any, shape: Shape, run: Callable[[], Any]) -> dict[int, str]:
-    """The blocks at which a pass cannot begin, and why: where the outputs are not those of the whole pass."""
-    found: dict[int, str] = {}
-    outputs: list[list[Tensor]] = []
-    hook = live.register_forward_hook(lambda module, arguments, output: outputs.append(_tensors(output)))
-    trunk = Trunk(live, shape, memory=sys.maxsize)
-    try:
-        with trunk.running():
-            trunk.begin(0, frozenset(range(1, shape.blocks)))
-            run()
-            for at in range(shape.blocks - 1, 0, -1):
-                trunk.begin(at, frozenset())
-                try:
-                    run()
-                except _FAULTS as error:
-                    found[at] = f"a pass cannot begin at block {at}: {' '.join(str(error).split())}"
-                    continue
-                if trunk.ran != shape.blocks - at or not _same(outputs[0], outputs[-1]):
-                    found[at] = f"a pass that begins at block {at} gives other outputs: blocks share more than states"
-    finally:
-        hook.remove()
-    return found
+def _repeated(name: str, value: Any, rows: int, times: int, fixed: frozenset[str]) -> Any:
+    """An argument of a block, those of its tensors that go by rows repeated."""
+    if isinstance(value, tuple | list):
+        return tuple(_repeated(f"{name}.{at}", one, rows, times, fixed) for at, one in enumerate(value))
+    goes = isinstance(value, Tensor) and value.ndim and len(value) == rows and name not in fixed
+    return torch.cat([value] * times) if goes else value
 
 
-class Seen:
-    """What is seen of one forward pass.
-
-    Attributes:
-        order: indices of the blocks as they ran.
-        depths: by path, the index in ``order`` of the block that was last entered.
-        forms: by index of the block, as in :class:`Shape`.
-        why: as in :class:`Shape`.
-    """
-
-    def __init__(self, live: Any, paths: Iterable[str]) -> None:
-        self.order: list[int] = []
-        self.depths: dict[str, int] = {}
-        self.forms: dict[int, int] = {}
-        self.why = ""
-        self._live, self._paths, self._inside = live, list(paths), False
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks on the model inside."""
-        hooks = []
-        for at, block in enumerate(blocks_of(self._live, self._paths)):
-            hooks.append(block.register_forward_pre_hook(partial(self._enter, at)))
-            hooks.append(block.register_forward_hook(partial(self._leave, at), with_kwargs=True))
-        base = self._live.get_base_model()
-        for path in self._paths:
-            hooks.append(base.get_submodule(path).register_forward_pre_hook(partial(self._reach, path)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not self.order:
-            self.why = "the model has no list of blocks with adapters in them"
-
-    def _reach(self, path: str, module: nn.Module, arguments: tuple) -> None:
-        self.depths.setdefault(path, len(self.order) - 1)
-
-    def _enter(self, at: int, module: nn.Module, arguments: tuple) -> None:
-        if self._inside or at in self.order:
-            self.why = f"{type(module).__name__} runs more than once, or inside another block"
-        self._inside = True
-        self.order.append(at)
-
-    def _leave(self, at: int, module: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
-        self._inside = False
-        several = isinstance(output, tuple)
-        self.forms[at] = len(output) if several else 0
-        first, rest = (output[0], output[1:]) if several else (output, ())
-        given = _hidden(arguments, named)
-        if not isinstance(first, Tensor) or not isinstance(given, Tensor) or any(one is not None for one in rest):
-            self.why = f"{type(module).__name__} hands on more than its hidden states"
-        elif (first.shape, first.dtype) != (given.shape, given.dtype):
-            self.why = f"{type(module).__name__} changes the shape of its hidden states"
-
-
-def _hidden(arguments: tuple, named: Mapping[str, Any]) -> Any:
+def hidden_of(arguments: tuple, named: Mapping[str, Any]) -> Any:
+    """The hidden states among the arguments of a block."""
     return arguments[0] if arguments else named.get("hidden_states")
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """What a bench reads of an output: the logits or the last hidden states; else all tensors.
-
-    Some outputs hold more, such as a picture's features, which are not made where a pass begins above them.
-    """
-    if isinstance(output, Tensor):
-        return [output]
-    held = dict(enumerate(output)) if isinstance(output, tuple) else vars(output)
-    read = [held[name] for name in ("logits", "last_hidden_state") if name in held] or held.values()
-    return [one for one in read if isinstance(one, Tensor)]
-
-
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Equal but for what a GPU's kernels may round otherwise."""
-    return len(one) == len(other) > 0 and all(
-        torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()), equal_nan=True)
-        for a, b in zip(one, other, strict=True)
-    )

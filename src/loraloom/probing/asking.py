@@ -70,7 +70,7 @@ class Asked:
         if new:
             plan = self.scores.plan(list(new.values()))
             self.work, self.why = plan.added_to(self.work, len(new)), plan.why
-            self._known |= held.scores(self._name(held), new, plan.order, self.scores.stream)
+            self._known |= held.scores(self._name(held), new, plan.runs, self.scores.stream)
         return [self._known[key] for key in keys]
 
     def _name(self, held: Kept) -> str:
@@ -139,22 +139,26 @@ class Kept:
         self,
         of: str,
         adapters: Mapping[str, Adapter | None],
-        order: Sequence[int],
-        stream: Callable[[list[Adapter | None], list[int]], Generator[tuple[int, float]]],
+        runs: Sequence[Sequence[int]],
+        stream: Callable[[list[Adapter | None], Sequence[Sequence[int]]], Generator[tuple[int, float]]],
     ) -> dict[str, float]:
         """The scores of adapters by key, those of an earlier run taken from it.
 
-        Each process does a part of the rest, one after the other, and hands over every score as it comes.
+        Each process does a part of the rest, run by run, and hands over every score as it comes. Runs of which not all
+        is known are done again as a whole, for the same bits; what is known of them stays.
         """
         keys, held = list(adapters), list(adapters.values())
         found = {key: self.known[name] for key in keys if (name := f"{of}: {key}") in self.known}
-        rest = [at for at in order if keys[at] not in found]
+        rest = [run for run in runs if any(keys[at] not in found for at in run)]
         self.progress.expect(len(keys), len(found))
         ends = [len(rest) * rank // self.size for rank in range(self.size + 1)]
-        mine = stream(held, rest[ends[self.rank] : ends[self.rank + 1]])
+        parts = [rest[low:high] for low, high in pairwise(ends)]
+        mine = stream(held, parts[self.rank])
         with contextlib.closing(mine):
-            for _ in range(max(high - low for low, high in pairwise(ends))):
+            for _ in range(max(sum(map(len, part)) for part in parts)):
                 for at, score in self._exchanged(next(mine, None)):
+                    if keys[at] in found:
+                        continue
                     found[keys[at]] = score
                     if self._journal is not None and math.isfinite(score):
                         self._journal.add(f"{of}: {keys[at]}", score)
