@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -222,9 +223,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _content(path: Path, most: int) -> bytes:
-    size = path.stat().st_size
-    if size > most:
-        raise ValueError(f"{path} has {size} bytes; such a file has at most {most}")
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # some of those that are none never end
+        raise ValueError(f"{path} is no file")
+    if found.st_size > most:
+        raise ValueError(f"{path} has {found.st_size} bytes; such a file has at most {most}")
     with path.open("rb") as file:
         return file.read(most)
 

@@ -17,6 +17,7 @@ from loraloom.masks import load_mask, save_mask, support
 from loraloom.packages import Package, unpack
 from loraloom.safefile import SafeFile
 from loraloom.store import CONFIG, RECORD, WEIGHTS, load, save
+from loraloom.untrusted import read_json
 
 LARGE = 10**400
 
@@ -143,6 +144,19 @@ def test_seals(tmp_path: Path, text: str) -> None:
     assert is_whole(tmp_path)
     (tmp_path / SEAL).write_text(text)
     assert not is_whole(tmp_path)
+
+
+def test_seals_of_what_never_ends(tmp_path: Path) -> None:
+    READERS["seal"].make(tmp_path)
+    (tmp_path / "weights").unlink()
+    (tmp_path / "weights").symlink_to("/dev/zero")
+    (tmp_path / SEAL).write_text('{"files": {"weights": {"bytes": 0, "sha256": ""}}}')
+    assert not is_whole(tmp_path)
+    (tmp_path / SEAL).unlink()
+    (tmp_path / SEAL).symlink_to("/dev/zero")
+    assert not is_whole(tmp_path)
+    with pytest.raises(ValueError, match=r"complete\.json is no file"):
+        read_json(tmp_path / SEAL)
 
 
 def test_shards_that_are_links_in_a_circle_or_have_strange_names(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from loraloom.integrations.processes import store_of_processes
 from loraloom.packages import file_digest
+from loraloom.untrusted import read_json
 
 SEAL = "complete.json"
 _FULL = ("No space left on device", "File too large", "PytorchStreamWriter failed", "unexpected pos ")
@@ -70,12 +71,14 @@ def is_whole(folder: str | Path) -> bool:
     """Whether ``folder`` has a seal, and each file named there still has its size and hash; others do not matter."""
     folder = Path(folder)
     try:
-        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / SEAL)["files"]
         return all(
-            (folder / name).stat().st_size == entry["bytes"] and file_digest(folder / name) == entry["sha256"]
+            (folder / name).is_file()
+            and (folder / name).stat().st_size == entry["bytes"]
+            and file_digest(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # unreadable is torn too
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # unreadable is torn too
         return False
 
 
