@@ -43,7 +43,8 @@ quantised: $(READY)
 # lm-evaluation-harness wants an older python-dateutil than the rest: an environment of its own, seldom needed.
 peers:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]' pytest
+	grep -v python-dateutil constraints.txt > .venv-peers/constraints.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-peers/constraints.txt -e '.[lm-eval]' pytest
 	cd peers && ../.venv-peers/bin/python -m pytest -q -c /dev/null -p no:cacheprovider .
 
 clean:

@@ -118,6 +118,10 @@ class Place:
         found = content(self.out)
         return "old" if found == self._old else "new" if found == self._new else "torn"
 
+    def whole(self) -> dict[str, bytes | None]:
+        """All that is there, half-written things too; what a kill would leave."""
+        return {str(path): None if path.is_dir() else path.read_bytes() for path in sorted(self._home.rglob("*"))}
+
     def debris(self) -> list[str]:
         """What lies beside the output."""
         return [path.name for path in self._home.iterdir() if path != self.out]

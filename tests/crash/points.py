@@ -33,6 +33,16 @@ def interrupt() -> None:
 
 def at_line(nth: int, happens: Callable[[], None], run: Callable[[], object]) -> int:
     """Let something happen just before the nth line of the code that writes files; how many lines were reached."""
+
+    def look(reached: int) -> None:
+        if reached == nth:
+            happens()
+
+    return at_every_line(look, run)
+
+
+def at_every_line(look: Callable[[int], None], run: Callable[[], object]) -> int:
+    """Call ``look`` with their number just before each of these lines; how many there were."""
     reached = 0
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -41,8 +51,7 @@ def at_line(nth: int, happens: Callable[[], None], run: Callable[[], object]) ->
             return None
         if event == "line":
             reached += 1
-            if reached == nth:
-                happens()
+            look(reached)
         return trace
 
     before = sys.gettrace()

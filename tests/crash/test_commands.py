@@ -83,10 +83,12 @@ FAULTS = {
 def test_one_line_and_all_is_as_before(place: Path, fault: str) -> None:
     before, status, said = FAULTS[fault]
     held = {path.name: content(path) for path in place.iterdir()}
-    for name, words in COMMANDS.items() if ALL else [("merge", COMMANDS["merge"]), ("report", COMMANDS["report"])]:
+    some = ("merge", "report", *(["probe"] if fault == "stopped" else []))
+    for name, words in COMMANDS.items() if ALL else [(name, COMMANDS[name]) for name in some]:
         code, lines = told_by(words, place, before)
         place.chmod(0o755)
         assert (code, len(lines)) == (status, 1), (name, code, lines)
+        assert ("is kept" in lines[-1]) == (fault == "stopped" and name == "probe")
         assert said in lines[-1] and lines[-1].startswith(f"loraloom {name}")
         assert ".loraloom-tmp" not in lines[-1]
         assert {path.name: content(path) for path in place.iterdir()} == held

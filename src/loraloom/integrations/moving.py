@@ -63,13 +63,15 @@ def _move(trainer: Trainer, start: Path, then: str) -> None:
     groups = _names(trainer)  # before the model is divided
 
     def optimizer_and_scheduler(checkpoint: str) -> None:
+        optimizer: Any = trainer.optimizer
+        scheduler: Any = trainer.lr_scheduler
         if then == _FSDP:
             state = torch.load(start / _NAMED, map_location="cpu", weights_only=True)
-            trainer.optimizer.load_state_dict(numbered(state, groups, start))
+            optimizer.load_state_dict(numbered(state, groups, start))
         else:
             state = torch.load(start / _OPTIMIZER, map_location="cpu", weights_only=True)
             _put_in_parts(trainer, named(state, groups, start))
-        trainer.lr_scheduler.load_state_dict(torch.load(start / _SCHEDULER, weights_only=True))
+        scheduler.load_state_dict(torch.load(start / _SCHEDULER, weights_only=True))
 
     instead: dict[str, Any] = {"_load_from_checkpoint": lambda *_, **__: None}
     vars(trainer).update(instead | {"_load_optimizer_and_scheduler": optimizer_and_scheduler})
@@ -91,7 +93,7 @@ def _put_in_parts(trainer: Trainer, state: dict[str, Any]) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=several, broadcast_from_rank0=several)
     mine = state if trainer.accelerator.is_main_process else {}
     optimizer: Any = trainer.optimizer
-    set_optimizer_state_dict(trainer.model, optimizer, mine, options=options)  # type: ignore[arg-type]
+    set_optimizer_state_dict(trainer.model, optimizer, mine, options=options)
 
 
 def named(state: dict[str, Any], groups: Sequence[Sequence[str]], where: object = "the optimizer") -> dict[str, Any]:

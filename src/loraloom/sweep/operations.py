@@ -38,7 +38,8 @@ class Operation:
                 together, whose magnitudes do not add.
         """
         joins = self.how in ("interpolate", "merge", "tasks") and self.arguments.get("space") != "factors"
-        on = {"base": base(adapters[0])} if base is not None and joins and adapters[0].kind == "dora" else {}
+        dora = joins and adapters[0].kind == "dora"
+        on: dict[str, Any] = {"base": base(adapters[0])} if dora and base is not None else {}
         if self.how == "interpolate":
             return interpolate(adapters[0], adapters[1], **self.arguments, **on)
         if self.how in ("merge", "tasks"):
