@@ -92,8 +92,9 @@ def _put_in_parts(trainer: Trainer, state: dict[str, Any]) -> None:
     several = trainer.accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=True, cpu_offload=several, broadcast_from_rank0=several)
     mine = state if trainer.accelerator.is_main_process else {}
+    model: Any = trainer.model
     optimizer: Any = trainer.optimizer
-    set_optimizer_state_dict(trainer.model, optimizer, mine, options=options)
+    set_optimizer_state_dict(model, optimizer, mine, options=options)
 
 
 def named(state: dict[str, Any], groups: Sequence[Sequence[str]], where: object = "the optimizer") -> dict[str, Any]:
