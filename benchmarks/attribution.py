@@ -1,13 +1,14 @@
 """What attribution costs when beginnings are shared: Shapley values of the 12 layers of ViT-S/14 with a digits adapter.
 
-    python benchmarks/attribution.py            # two minutes of one core; results/attribution.{json,md}
+    python benchmarks/attribution.py            # seven minutes of one core; results/attribution.{json,md}
     python benchmarks/attribution.py --limit 128 --samples 200
+    python benchmarks/attribution.py --parts variants     # the other parts stay as they are in the results
 
 An adapter (rank 8, all linear layers) is trained first. Then the coalitions of ``shapley(samples=...)`` are scored
 with shared beginnings, and some of them, before and after, in two plainer ways: attached anew for each and whole passes
-(what a plain callable does), and gates on one attached adapter and whole passes. What a batch of several coalitions
-could gain at most is told by rows in a second over sizes of the batch. CPU time of the process, which other work on the
-machine disturbs less than wall time.
+(what a plain callable does), and gates on one attached adapter and whole passes. Last, coalitions one by one and
+several in a pass, turn by turn, with few examples and with a full batch; what could be gained at most is told by rows
+in a second over sizes of the batch. CPU time of the process, which other work disturbs less than wall time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from loraloom.probes.game import Work
 
 HERE = Path(__file__).parent
 SIDE, ROWS = 42, (8, 16, 32, 64, 128)
+PARTS = ("counts", "rows a second", "time", "variants")
+VARIANTS = {8: (178, (1, 32, 64, 128)), 16: (64, (1, 64)), 64: (16, (1, 64))}  # examples: evaluations, rows of a pass
 
 
 def trained(folder: Path, steps: int) -> Adapter:
@@ -140,6 +144,28 @@ def throughput(made: Any, repeats: int = 5) -> dict[int, float]:
     return found
 
 
+def variants(made: Any, asked: list[Adapter | None], repeats: int) -> list[dict[str, Any]]:
+    """CPU seconds for the same evaluations, one by one (rows 1) and several in a pass; ways take turns."""
+    found = []
+    for examples, (evaluations, ways) in VARIANTS.items():
+        some = asked[:evaluations]
+        scores = {rows: Scores(made, limit=examples, rows=rows) for rows in ways}
+        plans = {rows: score.plan(some) for rows, score in scores.items()}
+        spent: dict[int, list[float]] = {rows: [] for rows in ways}
+        values: dict[int, dict[int, float]] = {}
+        for _ in range(repeats):
+            for rows, score in scores.items():
+                scored = partial(score.stream, some, plans[rows].runs)
+                seconds, values[rows] = timed(lambda scored=scored: dict(scored()))
+                spent[rows].append(seconds)
+        for rows, plan in plans.items():
+            row = {"examples": examples, "evaluations": len(some), "rows": rows, "block rows": plan.passes * examples}
+            times = {"CPU seconds": statistics.median(spent[rows]), "all": spent[rows]}
+            gain = statistics.median(spent[1]) / times["CPU seconds"]
+            found.append({**row, **times, "times faster": gain, "same scores": values[rows] == values[1]})
+    return found
+
+
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
     time_, rows = report["time"], report["rows a second"]
@@ -153,6 +179,12 @@ def table(report: dict[str, Any]) -> str:
     gain = max(rows.values()) / rows[min(rows, key=int)]
     where = f"{report['made']['cores']} shared cores, {report['made']['threads']} thread, {report['asked']['limit']}"
     agree = "the same" if time_["same scores"] else "NOT the same"
+    joined = "\n".join(
+        f"| {one['examples']} | {one['evaluations']} | {one['rows'] if one['rows'] > 1 else 'one by one'} |"
+        f" {one['block rows']} | {one['CPU seconds']:.1f} | {one['times faster']:.2f} |"
+        f" {'yes' if one['same scores'] else 'NO'} |"
+        for one in report["variants"]
+    )
     return f"""# Attribution with shared beginnings
 
 {report["asked"]["model"]} (12 layers, {SIDE} pixels), units are the layers; adapter of rank 8 on all linear layers,
@@ -174,9 +206,17 @@ beginnings, {time_["of them also plain"]} of them also with whole passes, half b
 
 The scores are {agree}.
 
-Several coalitions in one batch were not taken. Rows in a CPU second by rows in a batch are
-{several}:
-the best is {gain:.2f} times the smallest, and evaluations run in batches of 64 already.
+## Several coalitions in a pass
+
+Coalitions share passes of at most so many rows, where there is room for four; else they go one by one. Medians of
+{report["asked"]["repeats"]} rounds in which the ways take turns. Block rows: rows times the blocks they go through.
+
+| examples | evaluations | rows of a pass | block rows | CPU seconds | times faster | same scores |
+|--:|--:|--:|--:|--:|--:|---|
+{joined}
+
+Rows in a CPU second of whole passes, by rows in a batch: {several}.
+The best is {gain:.2f} times the smallest.
 """
 
 
@@ -188,6 +228,8 @@ def main() -> None:
     parser.add_argument("--some", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -205,13 +247,20 @@ def main() -> None:
     noted = Asked(score)
     ll.shapley(adapter, noted, samples=asked.samples)
     made_with = {"cores": os.cpu_count(), "threads": asked.threads, "torch": torch.__version__}
-    options = {key: value for key, value in vars(asked).items() if key != "out"}
-    report: dict[str, Any] = {"made": made_with, "asked": {"model": "vit-s14", **options}}
-    report["counts"] = counts(score, adapter, ways)
-    report["rows a second"] = throughput(made)
-    report["time"] = compared(made, noted.seen, asked.some, asked.limit)
+    options = {key: value for key, value in vars(asked).items() if key not in ("out", "parts")}
+    held = asked.out / "attribution.json"
+    report: dict[str, Any] = json.loads(held.read_text()) if held.exists() else {}
+    report |= {"made": made_with, "asked": {"model": "vit-s14", **options}}
+    work: dict[str, Callable[[], Any]] = {
+        "counts": lambda: counts(score, adapter, ways),
+        "rows a second": lambda: throughput(made),
+        "time": lambda: compared(made, noted.seen, asked.some, asked.limit),
+        "variants": lambda: variants(made, noted.seen, asked.repeats),
+    }
+    for part in asked.parts:
+        report[part] = work[part]()
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "attribution.json").write_text(json.dumps(report, indent=1) + "\n")
+    held.write_text(json.dumps(report, indent=1) + "\n")
     (asked.out / "attribution.md").write_text(table(report))
     print(table(report))
 

@@ -80,7 +80,8 @@ def test_variants_that_share_a_pass_compute_what_each_computes_alone(kind, monke
 def test_one_run_has_as_many_blocks_as_one_by_one(monkeypatch):
     made, adapter = vision()
     asked = variants(adapter)
-    joined = Scores(made, limit=FEW, rows=ROWS)
+    joined = Scores(made, limit=FEW)
+    assert {len(run) for run in joined.plan(asked).runs} == {8}  # 64 rows, as a full batch has
     assert joined.many(asked) == Scores(made, limit=FEW, rows=1).many(asked)
     assert joined.work == (14, 24, 0) and joined.ran == 14
 
@@ -187,6 +188,14 @@ def test_a_model_whose_rows_are_not_by_themselves_takes_variants_one_by_one_and_
     assert score.many(asked) == [made.evaluate(one, limit=FEW).value for one in asked]
     assert score.why == "variants that share a pass give other outputs: rows of a batch are not by themselves"
     assert score.work == (14, 24, 0) and score.ran == 14
+
+
+def test_in_sixteen_bits_variants_go_one_by_one():
+    made, adapter = encoder()
+    made.model.bfloat16()
+    score, asked = Scores(made, limit=FEW), some(adapter, 6)
+    assert score.many(asked) == [made.evaluate(one, limit=FEW).value for one in asked]
+    assert score.why.endswith("which shows in 16 bits") and {len(run) for run in score.plan(asked).runs} == {1}
 
 
 def test_moka_is_routed_by_the_tokens_of_a_batch_and_goes_one_by_one():

@@ -18,6 +18,7 @@ What is kept is bounded by ``memory``. A state that has no room is not kept: pas
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,7 @@ from loraloom.integrations.trial import shared, tried
 from loraloom.integrations.trunk import MEMORY, Shape, Trunk
 from loraloom.probes.game import Work, check_whole
 
-ROWS = 64  # of a pass that carries several variants; measured on a processor (benchmarks/attribution.py)
-_FEWEST = 4  # variants in a pass; fewer of so many more rows gain nothing
+_FEWEST = 4  # variants in a pass; fewer gain next to nothing (benchmarks/attribution.py)
 _RUN = 64  # variants, or fewer, so that there are several runs to share among processes
 _RUNS = 4
 _TRIED = 2  # examples
@@ -72,7 +72,8 @@ class Scores:
         split: train, validation or test.
         limit: only the first so many examples.
         memory: bytes of states that may be kept.
-        rows: as many variants share a pass as have this many rows together, at least four; 1 is off.
+        rows: as many variants share a pass as have this many rows together, at least four; 1 is off. By default those
+            of a full batch, so that a pass never takes more memory than one.
 
     Attributes:
         work: blocks to run for all that was asked for, as planned.
@@ -91,9 +92,10 @@ class Scores:
         limit: int | None = None,
         *,
         memory: int = MEMORY,
-        rows: int = ROWS,
+        rows: int | None = None,
     ) -> None:
-        check_whole("rows", rows, 1)
+        if rows is not None:
+            check_whole("rows", rows, 1)
         self.bench, self.split, self.limit, self.memory, self.rows = bench, split, limit, memory, rows
         self.work = Work()
         self.why = ""
@@ -179,9 +181,10 @@ class Scores:
 
     def _fit(self, shape: Shape) -> int:
         """How many have room in one, with as many rows an example as the tried ones had."""
-        count = max(1, len(self.bench.ready(self.split, self.limit)))
-        full = -(-shape.rows * min(count, self.bench.batch) // min(count, _TRIED))
-        copies = self.rows // full
+        count, batch = max(1, len(self.bench.ready(self.split, self.limit))), self.bench.batch
+        each = shape.rows / min(count, _TRIED)
+        room = math.ceil(each * batch) if self.rows is None else self.rows
+        copies = room // math.ceil(each * min(count, batch))
         return copies if copies >= _FEWEST else 1
 
 

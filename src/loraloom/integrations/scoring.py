@@ -21,7 +21,7 @@ from loraloom.adapter import Adapter
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.generation import check_judge, judged
 from loraloom.integrations.likelihood import BATCH, Continuation
-from loraloom.integrations.prefix import ROWS, Scores
+from loraloom.integrations.prefix import Scores
 from loraloom.integrations.prototypes import Prototypes, fit_prototypes
 from loraloom.integrations.seat import Seat
 from loraloom.models import models
@@ -292,7 +292,7 @@ def score(
     *,
     split: str = "test",
     limit: int | None = None,
-    rows: int = ROWS,
+    rows: int | None = None,
     **options: Any,
 ) -> Callable[[Adapter | None], float]:
     """A score for analyses: a function from an adapter (None: the base) to accuracy on a task.

@@ -113,6 +113,8 @@ def _apart(live: Any, shape: Shape, run: Callable[[int], Any]) -> str:
         except _FAULTS as error:
             return f"variants cannot share a pass: {_line(error)}"
     *alone, together = outputs
+    if any(one.element_size() < 4 for one in together):
+        return "variants that share a pass would be rounded otherwise, which shows in 16 bits"
     parts = zip(*(one.chunk(len(rows)) for one in together), strict=True)
     if len(alone) == len(rows) and all(_same(one, part) for one, part in zip(alone, parts, strict=True)):
         return ""
