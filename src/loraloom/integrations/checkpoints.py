@@ -177,18 +177,17 @@ class StopOnInterrupt(TrainerCallback):
         from accelerate import PartialState
 
         self._several = PartialState().num_processes > 1
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
+        listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
-            signal.signal(signal.SIGINT, self._note)
+            if listens:
+                signal.signal(signal.SIGINT, self._note)
         except ValueError:  # another thread than the main one: signals do not come here
-            yield
-            return
+            listens = False
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if listens:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._stopped or (self._asked is not None and not self._several):
             raise KeyboardInterrupt
 
