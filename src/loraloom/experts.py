@@ -1,16 +1,19 @@
-"""Adapters of expert parameters (PEFT's ``target_parameters``): one module per expert, packed as PEFT stores them.
+"""Expert parameters (PEFT's ``target_parameters``) and grouped convolutions: one module per expert or group.
 
 PEFT keeps the factors of all E experts of a 3-D parameter in one pair: A is (E r) x in, the rows of one expert
 together; B is out x (r E), the experts varying fastest. Here expert 3 of 8 is the module ``...mlp.experts[3/8]`` with
 factors of its own, so that every operator is right for every expert. When several parameters of one module are adapted,
 PEFT names all but the last ``...experts.base_layer``; so do we.
+
+A convolution of g groups has one A that sees all input, and a grouped B: the update of group j of the output is
+``B_j A_j``, with r / g rows of A. Group 3 of 4 is the module ``...conv[3/4]``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +23,14 @@ from loraloom.modalities import packed_modalities
 
 _PART = re.compile(r"\[[^\[\]]+\]$")  # of several modules that are stored as one
 _EXPERT = re.compile(r"(?P<owner>.+)\[(?P<at>\d+)/(?P<of>\d+)\]")
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped(Factors):
+    """All groups of a convolution, as PEFT stores them: B is out x (r / groups)."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def owner_of(name: str) -> str:
@@ -54,8 +65,21 @@ def names_of(owner: str, experts: int) -> list[str]:
     return [f"{owner}[{at}/{experts}]" for at in range(experts)]
 
 
-def spread(stored: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, Shape]:
-    """Sizes by module, of those by path in the file and the rank of one expert where there may be several.
+def groups_of(a: Sequence[int], b: Sequence[int]) -> int:
+    """Groups of a convolution whose factors are stored in these sizes; 1 for all else.
+
+    Example:
+        >>> groups_of((4, 8, 3, 3), (6, 2, 1, 1)), groups_of((4, 8), (6, 4))
+        (2, 1)
+    """
+    groups = a[0] // b[1]
+    return groups if len(a) > 2 and groups * b[1] == a[0] and b[0] % groups == 0 else 1
+
+
+def spread(
+    stored: Mapping[str, Shape], ranks: Mapping[str, int], groups: Mapping[str, int] | None = None
+) -> dict[str, Shape]:
+    """Sizes by module, of those by path in the file and the rank of one expert, or groups, where there are several.
 
     Example:
         >>> spread({"q": Shape(3, 4, 2), "experts": Shape(5, 6, 4)}, {"experts": 2})
@@ -63,10 +87,10 @@ def spread(stored: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, S
     """
     found: dict[str, Shape] = {}
     for owner, shape in stored.items():
-        rank = ranks.get(owner, shape.rank)
-        count = shape.rank // rank
+        of = (groups or {}).get(owner, 1)
+        count = shape.rank // ranks.get(owner, shape.rank) * of
         for name in names_of(owner, count) if count > 1 else [owner]:
-            found[name] = shape._replace(rank=rank)
+            found[name] = Shape(shape.out // of, shape.in_, shape.rank // count)
     return found
 
 
@@ -82,7 +106,7 @@ def place_of(name: str) -> tuple[int, int]:
 
 
 def unpacked(packed: Factors, at: int, experts: int) -> Factors:
-    """The factors of one expert.
+    """The factors of one expert or group.
 
     Example:
         >>> pair = Factors(B=torch.tensor([[1.0, 2.0]]), A=torch.tensor([[3.0], [4.0]]))
@@ -90,12 +114,18 @@ def unpacked(packed: Factors, at: int, experts: int) -> Factors:
         tensor([[8.]])
     """
     rank = packed.rank // experts
+    if isinstance(packed, Grouped):
+        step = len(packed.B) // experts
+        rows, columns = slice(at * step, (at + 1) * step), slice(at * rank, (at + 1) * rank)
+        bias = None if packed.bias is None else packed.bias[rows].clone()
+        b, a = packed.B[rows].clone(), packed.A[columns].clone()
+        return Factors(B=b, A=a, scale=packed.scale, bias=bias, kernel=packed.kernel)
     b = packed.B.reshape(-1, rank, experts)[:, :, at].contiguous()
     return replace(packed, B=b, A=packed.A[at * rank : (at + 1) * rank].clone())
 
 
 def packed(parts: Sequence[Factors | None], rank: int) -> Factors:
-    """One pair for all experts at one rank, its scale 1; an expert that is None adds nothing.
+    """One pair for all experts or groups at one rank, its scale 1; one that is None adds nothing.
 
     Example:
         >>> one = Factors(B=torch.ones(1, 1), A=torch.ones(1, 1))
@@ -103,15 +133,20 @@ def packed(parts: Sequence[Factors | None], rank: int) -> Factors:
         tensor([[1., 2.]])
     """
     like = next(part for part in parts if part is not None)
-    none = replace(like, B=torch.zeros_like(like.B), A=torch.zeros_like(like.A))
+    bias = None if like.bias is None else torch.zeros_like(like.bias)
+    none = replace(like, B=torch.zeros_like(like.B), A=torch.zeros_like(like.A), bias=bias)
     baked = [(none if part is None else part).baked() for part in parts]
-    b = torch.stack([padded(part.B, rank) for part in baked], dim=2).flatten(1)
+    columns = [padded(part.B, rank) for part in baked]
     a = torch.cat([padded(part.A.T, rank).T for part in baked])
+    if like.kernel is not None:
+        biases = [part.bias for part in baked if part.bias is not None]
+        return Grouped(B=torch.cat(columns), A=a, bias=torch.cat(biases) if biases else None, kernel=like.kernel)
+    b = torch.stack(columns, dim=2).flatten(1)
     return replace(like, B=b, A=a, scale=1.0, bias=None, experts=len(parts))
 
 
 def as_stored(adapter: Adapter) -> Adapter:
-    """The adapter as PEFT stores it: experts (at the largest rank of any) and MokA's modalities packed."""
+    """The adapter as PEFT stores it: experts and groups (at the largest rank of any) and MokA's modalities packed."""
     if adapter.kind == "moka":
         return packed_modalities(adapter)
     owners: dict[str, list[str]] = {}
@@ -131,6 +166,8 @@ def as_stored(adapter: Adapter) -> Adapter:
         return packed(parts, rank)
 
     def shape(owner: str) -> Shape:
+        if owner not in single and not holds_experts(adapter.config, owner):
+            return read(owner).shape
         first = adapter.shape(owners[owner][0])
         return first if owner in single else first._replace(rank=rank * of[owner])
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
-from loraloom.experts import as_stored, holds_experts, owner_of, place_of, spread, unpacked
+from loraloom.experts import Grouped, as_stored, groups_of, holds_experts, owner_of, place_of, spread, unpacked
 from loraloom.modalities import MOKA, Stacked, modality_part, plan_of, spread_modalities, stored_shape
 from loraloom.stream import OnDemand
 from loraloom.untrusted import expression, is_number, short, word
@@ -256,10 +256,10 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
             raise ValueError(f"{what}: {part} {source.shapes[keys[part]]} does not have {b[0]} entries")
     if plan := plan_of(config, source.where):
         return stored_shape(plan, what, a, b)
-    if b[1] != a[0]:
-        if len(a) > 2 and a[0] % b[1] == 0:
-            raise UnsupportedKind(f"{what} is a grouped convolution (A {a}, B {b}); not supported")
+    if b[1] * groups_of(a, b) != a[0]:
         raise ValueError(f"{what}: A {a} and B {b} do not have the same rank")
+    if groups_of(a, b) > 1 and "magnitude" in keys:
+        raise UnsupportedKind(f"{what} is a grouped convolution with DoRA; not supported")
     ranks = (rank_of(config, name), _matched(config.get("rank_pattern"), name, None))
     if a[0] not in ranks and not (holds_experts(config, name) and a[0] % rank_of(config, name) == 0):
         raise ValueError(f"{what} has rank {a[0]} but the configuration says {rank_of(config, name)}")
@@ -275,7 +275,8 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
     stored = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
     plan = plan_of(config, source.where)
     experts = {name: rank_of(config, name) for name in stored if holds_experts(config, name)}
-    shapes = spread(stored, experts) if plan is None else spread_modalities(plan, stored)
+    groups = {name: groups_of(*(source.shapes[parts[name][part]] for part in "AB")) for name in stored}
+    shapes = spread(stored, experts, groups) if plan is None else spread_modalities(plan, stored)
 
     def read(name: str) -> Factors:
         if plan is not None:
@@ -288,7 +289,8 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
         a, b = tensors["A"], tensors["B"]
         if a.dtype not in _FLOATS or b.dtype not in _FLOATS:
             raise UnsupportedKind(f"{source.where}: module {name} is stored as {b.dtype}; allowed: 16 to 64 bit floats")
-        return (Factors if plan is None else Stacked)(
+        kind = Stacked if plan is not None else Grouped if groups[name] > 1 else Factors
+        return kind(
             B=b.flatten(1),
             A=a.flatten(1),
             scale=scale_of(config, name),
