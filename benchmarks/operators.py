@@ -2,12 +2,15 @@
 
     python benchmarks/operators.py                      # about 15 minutes on 2 cores; needs 3 GB of disk
     python benchmarks/operators.py --layers 2 --repeat 1 --only cat,svd
+    python benchmarks/operators.py --against OLD/src --only svd,iso   # beside older code, a table of its own
 
 Eight adapters of rank 16 in bfloat16 with random factors are written to a temporary folder. Every row runs in a process
 of its own, row after row in each round, so that noise falls on all; times are medians. The bound of a row that only
 moves bytes is copying the eight weight files (and bringing the copies to the disk, as ``save`` does). PEFT merges
 adapters of a live model, so it is compared on a smaller model (hidden size 1024) that both take in one run. mergekit
 merges whole models only and cannot read or write an adapter by itself: there is nothing to set beside it.
+With ``--against`` every row runs in turn on the older and on this code, and CPU seconds are compared: they say
+something beside other work too.
 """
 
 from __future__ import annotations
@@ -174,14 +177,17 @@ def peak() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def measured(names: list[str], folders: dict[str, Path], repeat: int) -> dict[str, list[dict[str, float]]]:
-    """Every row ``repeat`` times, in rounds, each in a process of its own."""
+def measured(
+    names: list[str], folders: dict[str, Path], repeat: int, source: str | None = None
+) -> dict[str, list[dict[str, float]]]:
+    """Every row ``repeat`` times, in rounds, each in a process of its own; with the package of another source tree."""
+    changed = {**os.environ, "PYTHONPATH": source} if source else None
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeat):
         for name in names:
             shutil.rmtree(folders[name] / "out", ignore_errors=True)
             command = [sys.executable, __file__, "--row", name, "--folder", str(folders[name])]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=changed)
             if done.returncode:
                 raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -238,6 +244,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", default="", help="rows whose names contain one of these, with commas")
     parser.add_argument("-o", "--out", type=Path, default=Path(__file__).parent / "results" / "operators")
+    parser.add_argument("--against", help="folder that holds the package of older code")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -254,12 +261,41 @@ def main() -> None:
             folders |= {
                 n: Path(work) / str(layers) for n in chosen if max(1, round(options.layers * ROWS[n][2])) == layers
             }
+        if options.against:
+            compare(options, [name for name in chosen if not name.startswith("copy")], folders)
+            return
         generate(Path(work) / "small", SMALL["layers"], SMALL["adapters"], options.rank, SMALL["scale"])
         folders |= dict.fromkeys(pairs, Path(work) / "small")
         large = measured(chosen, folders, options.repeat)
         small = measured(pairs, folders, options.repeat)
         doubled = growth(Path(work), options) if not only else {}
     write(options, large, small, doubled)
+
+
+def compare(options: argparse.Namespace, names: list[str], folders: dict[str, Path]) -> None:
+    """Older and present code in turn, row by row: CPU seconds, and what is left of them."""
+    command = "python benchmarks/operators.py " + " ".join(sys.argv[1:]).replace(options.against, "OLD/src")
+    page = [
+        "# Operators, before and after",
+        "",
+        f"Made by `{command}`; CPU seconds of all threads from files to files, medians of {options.repeat}, older and"
+        f" present code in turn; {options.adapters} adapters of rank {options.rank}, {options.layers} layers.",
+        "",
+        "| operation | before | after | left | peak MiB before, after |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        runs: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
+        for _ in range(options.repeat):
+            for held, source in zip(runs, (options.against, None), strict=True):
+                held.extend(measured([name], folders, 1, source)[name])
+        before, after = (statistics.median(run["cpu"] for run in held) for held in runs)
+        peaks = ", ".join(f"{max(run['peak'] for run in held):.0f}" for held in runs)
+        page.append(f"| {name} | {before:.1f} | {after:.1f} | {after / before:.2f} | {peaks} |")
+    out = options.out.with_name(options.out.name + "_before.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(page) + "\n")
+    print("\n".join(page))
 
 
 def growth(work: Path, options: argparse.Namespace) -> dict[str, dict[int, float]]:
