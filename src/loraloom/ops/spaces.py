@@ -7,7 +7,7 @@
   Space, Panariello et al. 2025, arXiv 2509.17786). U holds the left singular vectors of ``[D_1 ... D_k]``, V the right
   ones of the updates on top of each other: the paper's spans, but bases that do not depend on the gauge.
 - ``knots``: the right parts V_t of ``[D_1 ... D_k] = U S [V_1 ... V_k]`` (KnOTS, Stoica et al. 2025, arXiv
-  2410.19735), each R x in.
+  2410.19735), each R x in. What the authors' code merges is ``S V_t``: the same but where entries are selected by size.
 - ``units``: the rank-one units of every adapter, one a row, ``[b_i, a_i]`` with sqrt(scale) in both. Depends on the
   gauge too.
 
