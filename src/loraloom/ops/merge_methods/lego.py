@@ -26,9 +26,10 @@ def lego(
     k-means, weighted by their adapters' weights. Averages are smaller than their members: each centroid is brought to
     the weighted mean of its members' largest absolute entries (parameter reweighting), and the update of p clusters is
     multiplied by ``sqrt(r / p)``, r the largest number of units of an adapter (output reweighting), and by the sum of
-    the weights. No code of the authors is public: two of three reimplementations agree on all of this; the third, and
-    only it, has the number of all units for r. Where they draw first centres, here these are units that are far apart
-    (each the one farthest from those before; the first is the longest), so nothing is drawn.
+    the weights. No code of the authors is public: three reimplementations agree on the parameters' reweighting, two on
+    clustering units as they are (one makes both halves of length 1) and two on this r (one takes the number of all
+    units). Where they draw first centres, here these are units that are far apart (each the one farthest from those
+    before; the first is the longest), so nothing is drawn.
 
     Twice the weights multiply the rows by sqrt(2), the update by 2, and rows come in the order of the adapters: the
     laws ``scaling`` and ``order`` are about rows.
