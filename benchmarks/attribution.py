@@ -35,7 +35,13 @@ from loraloom.probes.game import Work
 HERE = Path(__file__).parent
 SIDE, ROWS = 42, (8, 16, 32, 64, 128)
 PARTS = ("counts", "rows a second", "time", "variants")
-VARIANTS = {8: (178, (1, 32, 64, 128)), 16: (64, (1, 64)), 64: (16, (1, 64))}  # examples: evaluations, rows of a pass
+ALONE, DEFAULT = 1, None  # rows of a pass
+VARIANTS = (  # pixels a side, examples, evaluations, rows of a pass
+    (SIDE, 8, 178, (ALONE, DEFAULT, 32, 128)),
+    (SIDE, 16, 64, (ALONE, DEFAULT)),
+    (SIDE, 64, 16, (ALONE, DEFAULT)),
+    (98, 8, 32, (ALONE, DEFAULT, 64)),
+)
 
 
 def trained(folder: Path, steps: int) -> Adapter:
@@ -144,25 +150,26 @@ def throughput(made: Any, repeats: int = 5) -> dict[int, float]:
     return found
 
 
-def variants(made: Any, asked: list[Adapter | None], repeats: int) -> list[dict[str, Any]]:
-    """CPU seconds for the same evaluations, one by one (rows 1) and several in a pass; ways take turns."""
+def variants(asked: list[Adapter | None], repeats: int) -> list[dict[str, Any]]:
+    """CPU seconds for the same evaluations, one by one and several in a pass; ways take turns."""
     found = []
-    for examples, (evaluations, ways) in VARIANTS.items():
-        some = asked[:evaluations]
+    for side, examples, evaluations, ways in VARIANTS:
+        made, some = ll.bench("vit-s14", "digits", image_size=side), asked[:evaluations]
         scores = {rows: Scores(made, limit=examples, rows=rows) for rows in ways}
         plans = {rows: score.plan(some) for rows, score in scores.items()}
-        spent: dict[int, list[float]] = {rows: [] for rows in ways}
-        values: dict[int, dict[int, float]] = {}
+        spent: dict[int | None, list[float]] = {rows: [] for rows in ways}
+        values: dict[int | None, dict[int, float]] = {}
         for _ in range(repeats):
             for rows, score in scores.items():
                 scored = partial(score.stream, some, plans[rows].runs)
                 seconds, values[rows] = timed(lambda scored=scored: dict(scored()))
                 spent[rows].append(seconds)
         for rows, plan in plans.items():
-            row = {"examples": examples, "evaluations": len(some), "rows": rows, "block rows": plan.passes * examples}
+            row = {"pixels": side, "examples": examples, "evaluations": len(some), "rows": rows}
             times = {"CPU seconds": statistics.median(spent[rows]), "all": spent[rows]}
-            gain = statistics.median(spent[1]) / times["CPU seconds"]
-            found.append({**row, **times, "times faster": gain, "same scores": values[rows] == values[1]})
+            gain = statistics.median(spent[ALONE]) / times["CPU seconds"]
+            row |= {"block rows": plan.passes * examples, **times, "times faster": gain}
+            found.append({**row, "same scores": values[rows] == values[ALONE]})
     return found
 
 
@@ -179,8 +186,9 @@ def table(report: dict[str, Any]) -> str:
     gain = max(rows.values()) / rows[min(rows, key=int)]
     where = f"{report['made']['cores']} shared cores, {report['made']['threads']} thread, {report['asked']['limit']}"
     agree = "the same" if time_["same scores"] else "NOT the same"
+    names = {ALONE: "one by one", DEFAULT: "default"}
     joined = "\n".join(
-        f"| {one['examples']} | {one['evaluations']} | {one['rows'] if one['rows'] > 1 else 'one by one'} |"
+        f"| {one['pixels']} | {one['examples']} | {one['evaluations']} | {names.get(one['rows'], one['rows'])} |"
         f" {one['block rows']} | {one['CPU seconds']:.1f} | {one['times faster']:.2f} |"
         f" {'yes' if one['same scores'] else 'NO'} |"
         for one in report["variants"]
@@ -208,11 +216,12 @@ The scores are {agree}.
 
 ## Several coalitions in a pass
 
-Coalitions share passes of at most so many rows, where there is room for four; else they go one by one. Medians of
-{report["asked"]["repeats"]} rounds in which the ways take turns. Block rows: rows times the blocks they go through.
+Coalitions share passes of at most so many rows where there is room for four, else they go one by one; a row is a
+picture: 10 tokens at 42 pixels, 50 at 98. Medians of {report["asked"]["repeats"]} rounds in which the ways take turns.
+Block rows: rows times the blocks they go through.
 
-| examples | evaluations | rows of a pass | block rows | CPU seconds | times faster | same scores |
-|--:|--:|--:|--:|--:|--:|---|
+| pixels | examples | evaluations | rows of a pass | block rows | CPU seconds | times faster | same scores |
+|--:|--:|--:|---|--:|--:|--:|---|
 {joined}
 
 Rows in a CPU second of whole passes, by rows in a batch: {several}.
@@ -255,7 +264,7 @@ def main() -> None:
         "counts": lambda: counts(score, adapter, ways),
         "rows a second": lambda: throughput(made),
         "time": lambda: compared(made, noted.seen, asked.some, asked.limit),
-        "variants": lambda: variants(made, noted.seen, asked.repeats),
+        "variants": lambda: variants(noted.seen, asked.repeats),
     }
     for part in asked.parts:
         report[part] = work[part]()

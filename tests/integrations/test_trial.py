@@ -222,7 +222,8 @@ def test_full_batches_are_not_joined_and_nothing_is_tried_for_it(monkeypatch):
     made, adapter = vision()
     asked = variants(adapter)
     monkeypatch.setattr("loraloom.integrations.prefix.shared", None)
-    for score in (Scores(made), Scores(made, limit=FEW, rows=4 * FEW - 1)):
+    monkeypatch.setattr("loraloom.integrations.prefix._STATES", 4 * FEW * 5 - 1)
+    for score in (Scores(made), Scores(made, limit=FEW, rows=4 * FEW - 1), Scores(made, limit=FEW)):
         assert {len(run) for run in score.plan(asked).runs} == {1}
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got 0"):
         Scores(made, rows=0)

@@ -18,7 +18,6 @@ What is kept is bounded by ``memory``. A state that has no room is not kept: pas
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ from loraloom.integrations.trial import shared, tried
 from loraloom.integrations.trunk import MEMORY, Shape, Trunk
 from loraloom.probes.game import Work, check_whole
 
-_FEWEST = 4  # variants in a pass; fewer gain next to nothing (benchmarks/attribution.py)
+_FEWEST = 4  # variants in a pass; fewer gain next to nothing
+_STATES = 640  # of a pass: tokens of all its rows; more is no faster on a processor (benchmarks/attribution.py)
 _RUN = 64  # variants, or fewer, so that there are several runs to share among processes
 _RUNS = 4
 _TRIED = 2  # examples
@@ -72,8 +72,8 @@ class Scores:
         split: train, validation or test.
         limit: only the first so many examples.
         memory: bytes of states that may be kept.
-        rows: as many variants share a pass as have this many rows together, at least four; 1 is off. By default those
-            of a full batch, so that a pass never takes more memory than one.
+        rows: as many variants share a pass as have this many rows together, at least four; 1 is off. By default as long
+            as that is faster on a processor, and never more than those of a full batch.
 
     Attributes:
         work: blocks to run for all that was asked for, as planned.
@@ -180,12 +180,11 @@ class Scores:
         return self._fit(shape) if shape.floor < shape.blocks else 1
 
     def _fit(self, shape: Shape) -> int:
-        """How many have room in one, with as many rows an example as the tried ones had."""
+        """How many have room in one, with as many rows and tokens an example as the tried ones had."""
         count, batch = max(1, len(self.bench.ready(self.split, self.limit))), self.bench.batch
-        each = shape.rows / min(count, _TRIED)
-        room = math.ceil(each * batch) if self.rows is None else self.rows
-        copies = room // math.ceil(each * min(count, batch))
-        return copies if copies >= _FEWEST else 1
+        rows, states = (one * min(count, batch) / min(count, _TRIED) for one in (shape.rows, shape.states))
+        copies = min(batch // min(count, batch), _STATES // states) if self.rows is None else self.rows // rows
+        return int(copies) if copies >= _FEWEST else 1
 
 
 def _stretches(runs: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

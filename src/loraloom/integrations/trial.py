@@ -44,7 +44,7 @@ def tried(live: Any, parts: Mapping[str, tuple[str, ...]], run: Callable[[], Any
     depth = tuple(depths[path] for path in ordered)
     forms = tuple(seen.forms.get(at, 0) for at in seen.order)
     shape = Shape({path: parts[path] for path in ordered}, depth, tuple(seen.order), forms, seen.why)
-    shape = replace(shape, rows=seen.rows, fixed=frozenset(seen.fixed))
+    shape = replace(shape, rows=seen.rows, states=seen.states, fixed=frozenset(seen.fixed))
     if shape.why:
         return shape
     wrong = _wrong(Trunk(live, shape, gates, memory=sys.maxsize), run)
@@ -143,7 +143,7 @@ class Seen:
         order: indices of the blocks as they ran.
         depths: by path, the index in ``order`` of the block that was last entered.
         forms: by index of the block, as in :class:`Shape`.
-        why, rows, fixed: as in :class:`Shape`.
+        why, rows, states, fixed: as in :class:`Shape`.
     """
 
     def __init__(self, live: Any, paths: Iterable[str]) -> None:
@@ -151,7 +151,7 @@ class Seen:
         self.depths: dict[str, int] = {}
         self.forms: dict[int, int] = {}
         self.why = ""
-        self.rows = 1
+        self.rows = self.states = 1
         self.fixed: set[str] = set()
         self._live, self._paths, self._inside = live, list(paths), False
 
@@ -193,12 +193,9 @@ class Seen:
         elif (first.shape, first.dtype) != (given.shape, given.dtype):
             self.why = f"{type(module).__name__} changes the shape of its hidden states"
         else:
-            self._note_rows(len(given), {**{str(at): one for at, one in enumerate(arguments)}, **named})
-
-    def _note_rows(self, rows: int, arguments: Mapping[str, Any]) -> None:
-        self.rows = rows
-        for name, value in arguments.items():
-            self.fixed |= {at for at, one in tensors_in(name, value) if one.ndim and len(one) not in (1, rows)}
+            self.rows, self.states = len(given), given.shape[:-1].numel()
+            for name, value in {**{str(at): one for at, one in enumerate(arguments)}, **named}.items():
+                self.fixed |= {at for at, one in tensors_in(name, value) if one.ndim and len(one) not in (1, self.rows)}
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -56,6 +56,7 @@ class Shape:
         why: what keeps every pass from beginning above the bottom; empty where nothing does.
         refused: the blocks at which a pass must not begin, as what is below them is also used elsewhere.
         rows: of the last block's input, in the pass that was tried.
+        states: that it had, tokens of all rows.
         fixed: arguments of blocks that do not go by rows.
         floor: the lowest block at which variants of one pass may part.
         apart: why they may not part at any, where that was tried.
@@ -68,6 +69,7 @@ class Shape:
     why: str
     refused: frozenset[int] = frozenset()
     rows: int = 1
+    states: int = 1
     fixed: frozenset[str] = frozenset()
     floor: int = NOWHERE
     apart: str = ""
