@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 
 import pytest
 import torch
 
+from loraloom.adapter import Adapter, Factors
+from loraloom.store import save
 from loraloom.stream import OnDemand, ahead
 
 
@@ -50,6 +53,20 @@ def test_no_thread_is_left_and_the_callers_threads_stay():
     stopped.close()
     assert inside == [1] * 4 and torch.get_num_threads() == before
     assert set(threading.enumerate()) == threads
+
+
+def test_no_thread_is_left_where_what_was_made_cannot_be_used(tmp_path, monkeypatch):
+    """A generator that is left to the garbage collector waits for its threads wherever that one runs: it may hang."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    threads = set(threading.enumerate())
+    one = Factors(B=torch.ones(2, 1), A=torch.ones(1, 2))
+    monkeypatch.setattr("loraloom.safefile.Writer.add", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save(Adapter({"peft_type": "LORA", "r": 1}, {str(at): one for at in range(9)}), tmp_path / "a")
+    assert caught and set(threading.enumerate()) == threads
 
 
 def test_nothing_to_make():

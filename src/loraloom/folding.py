@@ -317,8 +317,11 @@ def _write_shard(
 
     size = 0
     room = 1024 + sum(len(key) + 150 for key in file.shapes)
-    with contextlib.closing(Writer(work / shard, room)) as writer:
-        for key, tensor in ahead(made, file.shapes):
+    with (
+        contextlib.closing(Writer(work / shard, room)) as writer,
+        contextlib.closing(ahead(made, file.shapes)) as parts,
+    ):
+        for key, tensor in parts:
             writer.add(key, tensor)
             size += tensor.numel() * tensor.element_size()
         writer.finish({"format": "pt"} | file.metadata)

@@ -208,13 +208,14 @@ def _fill(adapter: Adapter, writer: Writer) -> tuple[dict[str, int], bool]:
 
     heavy = getattr(adapter.modules, "heavy", False)
     stream = ((name, made(name)) for name in adapter.modules) if heavy else ahead(made, adapter.modules)
-    for name, (factors, kept, tensors) in stream:
-        ranks[name] = factors.rank // factors.experts
-        bake = bake or not kept
-        for part, (key, tensor) in tensors.items():
-            writer.add(key, tensor)
-            if kept and part in ("B", "bias") and factors.scale != 1.0:
-                later[key] = factors.scale
+    with contextlib.closing(stream):
+        for name, (factors, kept, tensors) in stream:
+            ranks[name] = factors.rank // factors.experts
+            bake = bake or not kept
+            for part, (key, tensor) in tensors.items():
+                writer.add(key, tensor)
+                if kept and part in ("B", "bias") and factors.scale != 1.0:
+                    later[key] = factors.scale
     for path in adapter.extras:
         writer.add(extra_key(adapter, path), adapter.extras[path])
     if bake:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -41,13 +41,17 @@ class OnDemand(Mapping[str, Tensor]):
         return name in self._names
 
 
-def ahead(make: Callable[[T], R], items: Iterable[T], *, workers: int = 2, depth: int = 2) -> Iterator[tuple[T, R]]:
+def ahead(
+    make: Callable[[T], R], items: Iterable[T], *, workers: int = 2, depth: int = 2
+) -> Generator[tuple[T, R], None, None]:
     """Each item with what is made of it, in order; up to ``depth`` are made beforehand.
 
     Threads that make results compute with one torch thread each: several small products side by side are faster than
     one after the other on all cores, and the threads of the caller are left as they are.
 
-    An error is raised where its item would have come; no thread is left behind, and nothing more is begun.
+    An error is raised where its item would have come; no thread is left behind, and nothing more is begun. Close it
+    (``contextlib.closing``) where the block that takes the results may fail: the garbage collector would wait for the
+    threads in whatever thread it runs, and can wait for ever in one that is just being started.
 
     Args:
         make: called in other threads, several at once.
