@@ -11,7 +11,7 @@ STEPS steps; at each step every variant runs once, in an order of its own, all i
 over rounds of the ratio of sums over the schedule, with the lowest and the highest round. Time is that of the process
 on its processors (on a GPU: wall time between synchronisations), which other work on the machine disturbs less.
 Peak memory is what the step holds beyond the weights, followed tensor by tensor (on a GPU: as the allocator says), at
-the schedule's end, where all adapters are on.
+the schedule's end, where all adapters are on; the gradients of the adapters are in it, and of MokA's there are more.
 
 "snippet" is CoTo as its authors' README shows it, a draw a layer that rises from 0.1 to 1 over three quarters of the
 run, by PEFT's own switch on PEFT's own code. MokA's PEFT variant is PEFT's LoRA of equal rank.
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from peft import HiraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,7 +96,7 @@ def adapted(family: str, kind: str, variant: str, size: argparse.Namespace) -> n
             nn.init.normal_(weight, std=0.02)
     if kind == "lori":
         ll.LoRI(mask=ll.Mask.of(sparse(model)), start="fresh", seed=0).attach(model)
-    return ll.fast(model) if variant.startswith("ours") and kind != "moka" else model
+    return ll.fast(model) if variant.startswith("ours") else model
 
 
 class Subject:
@@ -222,22 +223,28 @@ def measured(family: str, size: argparse.Namespace) -> list[dict[str, Any]]:
     names = [("", "floor"), *((kind, variant) for kind in size.kinds for variant in VARIANTS)]
     if family != "llama":
         names = [(kind, variant) for kind, variant in names if kind != "moka"]
+    if size.compile:  # else the compiler would give up in silence, and the rest would run as it is
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = 16 * len(names)
+        torch._inductor.config.compile_threads = 1  # its own workers each take long to start
     subjects = {name: Subject(family, *name, size) for name in names}
     order, sums = random.Random(0), []
     for turn in range(size.rounds + 1):  # the first warms up
         spent = dict.fromkeys(names, 0.0)
-        for step in range(STEPS) if turn else (0, STEPS // 2, STEPS - 1):
+        for step in range(STEPS) if turn or size.compile else (0, STEPS // 2, STEPS - 1):
             for name in order.sample(names, len(names)):
                 subject = subjects[name]
                 subject.prepare(step, turn)
                 spent[name] += timed(subject.run, size.device)
                 subject.clear()
         sums.append(spent)
-    memory = {}
+    memory, learned = {}, {}
     for name, subject in subjects.items():
         memory[name] = peak(subject, size.device) if not size.compile or size.device != "cpu" else 0
+        learned[name] = sum(w.grad.nbytes for w in subject.model.parameters() if w.grad is not None)
         subject.clear()
-    return [row(family, name, sums[1:], memory, size) for name in names]
+    return [{**row(family, name, sums[1:], memory, size), "gradients": learned[name]} for name in names]
 
 
 def row(family: str, name: tuple[str, str], sums: list[dict], memory: dict, size: argparse.Namespace) -> dict[str, Any]:

@@ -56,8 +56,7 @@ class Between(NamedTuple):
     def again(self, kept: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`leave` gave, and what its gradient is for what :meth:`enter` was given."""
         plan, routing, z = self.plan, self.routing, self._apart(kept)
-        back = _gathered(plan, self._apart(grad), routing)
-        h = z
+        h, back = z, _gathered(plan, self._apart(grad), routing)
         if routing.lookups:
             h, back = _looked_again(plan, z, back, routing.lookups)
         return spread(plan, h, routing).flatten(0, 1), _unchosen(plan, back, routing).flatten(0, 1)
@@ -168,57 +167,64 @@ def _unchosen(plan: MokA, grad: Tensor, routing: Routing) -> Tensor:
     each = grad.unflatten(-1, (-1, plan.width))
     if routing.columns is None:
         return F.pad(each[..., : plan.ranks[0]], (0, plan.rows - plan.ranks[0])).flatten(-2)
-    room = plan.rows + (len(set(plan.ranks)) > 1)  # the last column takes what lies beyond a smaller rank
-    columns = routing.columns[:, :, None].expand(each.shape)
-    return each.new_zeros(*each.shape[:-1], room).scatter_(-1, columns, each)[..., : plan.rows].flatten(-2)
+    columns, several = routing.columns.unsqueeze(2).expand(each.shape), len(set(plan.ranks)) > 1
+    full = each.new_zeros(*each.shape[:-1], plan.rows + several).scatter_(-1, columns, each)
+    return (full[..., :-1] if several else full).flatten(-2)  # the last column took what lies beyond a smaller rank
 
 
 def _looked_again(plan: MokA, h: Tensor, grad: Tensor, lookups: Sequence[Lookup]) -> tuple[Tensor, Tensor]:
-    """h after looking, and the gradient of h before it; in float32 at least."""
-    size = plan.width // plan.heads
-    with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
-        kind = torch.promote_types(h.dtype, torch.float32)
-        wide, of_h = h.to(kind), grad.to(kind)
-        total, back = wide, of_h
-        for lookup in lookups:
-            gain = lookup.gain.to(kind)
-            index = lookup.index[..., None].expand(-1, -1, wide.shape[-1])
-            query, key, of_found = (_heads(part, size) for part in (wide, wide.gather(1, index), of_h * gain))
-            bias = lookup.bias.to(kind).expand(-1, query.shape[0] // len(h), -1, -1).flatten(0, 1)
-            found, of_query, of_key = _attended(query, key, of_found, bias, lookup.sharp)
-            total = torch.addcmul(total, gain, _joined(found, len(h)))
-            back = (back + _joined(of_query, len(h))).scatter_add_(1, index, _joined(of_key, len(h)))
-        return total.to(h.dtype), back.to(grad.dtype)
+    """h after looking, and the gradient of h before it; in float32 at least. Calls are few: layers are many."""
+    device = "cpu" if h.is_meta else h.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _looked_again(plan, h, grad, lookups)
+    kind, heads = torch.promote_types(h.dtype, torch.float32), h.shape[-1] * plan.heads // plan.width
+    wide, of_h = _as(h, kind), _as(grad, kind)
+    total, back = wide, of_h
+    for lookup in lookups:
+        gain, bias = _as(lookup.gain, kind), _as(lookup.bias, kind)
+        bias = bias.squeeze(1) if heads == 1 else bias.expand(-1, heads, -1, -1).flatten(0, 1)
+        index = lookup.index.unsqueeze(-1).expand(-1, -1, h.shape[-1])
+        query, key, of_found = (_heads(part, heads) for part in (wide, wide.gather(1, index), of_h * gain))
+        found, of_query, of_key = _attended(query, key, of_found, bias, lookup.sharp)
+        total = torch.addcmul(total, gain, _joined(found, heads))
+        back = torch.add(back, _joined(of_query, heads), alpha=lookup.sharp)
+        back.scatter_add_(1, index, _joined(of_key, heads))
+    return _as(total, h.dtype), _as(back, grad.dtype)
 
 
 def _attended(query: Tensor, key: Tensor, grad: Tensor, bias: Tensor, sharp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``softmax(sharp q k^T + bias) k``, and the gradients of q and k; all heads x tokens x size, a block at a time."""
-    turned, of_key = key.transpose(1, 2), torch.zeros_like(key)
-    found, of_query = [], []
+    """``softmax(sharp q k^T + bias) k``, and the gradients of q, without ``sharp``, and of k; heads x tokens x size."""
     step = max(1, BLOCK // max(1, key.shape[0] * key.shape[1]))
+    if step >= query.shape[1]:
+        return _block(query, key, grad, bias, sharp)
+    blocks = []
     for start in range(0, query.shape[1], step):
         rows = slice(start, start + step)
-        q, g, off = query[:, rows], grad[:, rows], bias if bias.shape[1] == 1 else bias[:, rows]
-        share = torch.baddbmm(off, q, turned, alpha=sharp).softmax(-1)
-        found.append(torch.bmm(share, key))
-        of_share = torch.bmm(g, turned).sub_((g * found[-1]).sum(-1, keepdim=True)).mul_(share)
-        of_query.append(torch.bmm(of_share, key).mul_(sharp))
-        of_key.baddbmm_(share.transpose(1, 2), g).baddbmm_(of_share.transpose(1, 2), q, alpha=sharp)
-    return _whole(found), _whole(of_query), of_key
+        off = bias if bias.shape[1] == 1 else bias[:, rows]
+        blocks.append(_block(query[:, rows], key, grad[:, rows], off, sharp))
+    found, of_query, of_key = zip(*blocks, strict=True)
+    return torch.cat(found, 1), torch.cat(of_query, 1), torch.stack(of_key).sum(0)
 
 
-def _whole(blocks: list[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+def _block(query: Tensor, key: Tensor, grad: Tensor, bias: Tensor, sharp: float) -> tuple[Tensor, Tensor, Tensor]:
+    turned = key.transpose(1, 2)
+    share = torch.baddbmm(bias, query, turned, alpha=sharp).softmax(-1)
+    found = torch.bmm(share, key)
+    of_share = torch.bmm(grad, turned).sub_((grad * found).sum(-1, keepdim=True)).mul_(share)
+    of_key = torch.bmm(share.transpose(1, 2), grad)
+    of_key.baddbmm_(of_share.transpose(1, 2), query, alpha=sharp)
+    return found, torch.bmm(of_share, key), of_key
 
 
-def _heads(x: Tensor, size: int) -> Tensor:
+def _heads(x: Tensor, heads: int) -> Tensor:
     """batch x tokens x (heads * size) as (batch * heads) x tokens x size."""
-    return x.unflatten(-1, (-1, size)).transpose(1, 2).flatten(0, 1)
+    return x if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _joined(x: Tensor, batch: int) -> Tensor:
+def _joined(x: Tensor, heads: int) -> Tensor:
     """Backward of ``_heads``."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+    return x if heads == 1 else x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 __all__ = ["Between", "routed"]

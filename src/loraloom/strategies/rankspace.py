@@ -306,7 +306,7 @@ def chosen(plan: MokA, stacked: Tensor, routing: Routing) -> Tensor:
         each = each if plan.ranks[0] == plan.width else F.pad(each, (0, plan.width - plan.ranks[0]))
     else:
         each = F.pad(each, (0, 1)) if len(set(plan.ranks)) > 1 else each
-        each = each.gather(-1, routing.columns[:, :, None].expand(*each.shape[:-1], -1))
+        each = each.gather(-1, routing.columns.unsqueeze(2).expand(*each.shape[:-1], -1))
     return each.flatten(-2)
 
 
