@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from loraloom.cli import app
 from loraloom.integrations.scoring import Bench
 
-WORDS = ["probe", "shapley", "a", "--task", "digits", "--limit", "24"]
+WORDS = ["probe", "shapley", "a", "--task", "digits"]
 
 
 def together(folder: Path, *words: str, size: int = 2) -> list[dict]:
@@ -60,14 +60,16 @@ def _alone(rank: int, size: int, port: int, words: tuple[str, ...]) -> dict:
     return {"code": done.exit_code, "out": done.stdout, "err": done.stderr, "evaluations": count[0]}
 
 
-def test_two_processes_give_what_one_gives_and_score_each_a_half(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("limit", "evaluations"), [(24, 8), (8, 1)])  # one by one; eight variants in a pass
+def test_two_processes_give_what_one_gives_and_score_each_a_half(world, tmp_path, monkeypatch, limit, evaluations):
     monkeypatch.chdir(world)
-    done = CliRunner().invoke(app, [*WORDS, "-o", str(tmp_path / "one.json"), "--json"])
+    words = [*WORDS, "--limit", str(limit)]
+    done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "one.json"), "--json"])
     assert done.exit_code == 0, done.output
-    first, second = together(tmp_path, *WORDS, "-o", str(tmp_path / "two.json"), "--json")
+    first, second = together(tmp_path, *words, "-o", str(tmp_path / "two.json"), "--json")
     assert (first["code"], second["code"], second["out"]) == (0, 0, ""), (first, second)
     assert first["out"] == done.stdout
-    assert (first["evaluations"], second["evaluations"]) == (8, 8)
+    assert (first["evaluations"], second["evaluations"]) == (evaluations, evaluations)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert {key: one[key] for key in ("summary", "panels", "records")} == {
         key: two[key] for key in ("summary", "panels", "records")

@@ -235,14 +235,13 @@ class Trunk:
             return (hidden, *[None] * (length - 1)) if length else hidden
         self.ran += len(self._inside)
         hidden = self._joined(at, hidden, before)
+        rest = {str(place): one for place, one in enumerate(arguments[1:], 1)}
+        named = {name: one for name, one in named.items() if arguments or name != "hidden_states"}
         times = len(self._inside)
         if times > 1:
-            rows, fixed = len(hidden) // times, self.shape.fixed
-            arguments = tuple(_repeated(str(i), one, rows, times, fixed) for i, one in enumerate(arguments))
-            named = {name: _repeated(name, one, rows, times, fixed) for name, one in named.items()}
-        if arguments:
-            return forward(hidden, *arguments[1:], **named)
-        return forward(**{**named, "hidden_states": hidden})
+            repeat = partial(_repeated, rows=len(hidden) // times, times=times, fixed=self.shape.fixed)
+            rest, named = ({name: repeat(name, one) for name, one in some.items()} for some in (rest, named))
+        return forward(hidden, *rest.values(), **named) if arguments else forward(hidden_states=hidden, **named)
 
     def _joined(self, at: int, hidden: Tensor, before: Sequence[int]) -> Tensor:
         """The input of a block for all variants in it, of that for those that were in the block below."""
