@@ -11,7 +11,7 @@ from loraloom.adapter import padded
 _SMALL = 512  # up to here a full SVD takes a fraction of a second
 _OVER = 16  # more directions than are asked for: the last of them converge slowly
 _ROUNDS = 6
-_GAIN = 1e-4  # iteration stops when a round adds less than this share of the energy that is kept
+_GAIN = 1e-4  # iteration stops when the next round would add less than this share of the energy that is kept
 
 
 def low_rank(
@@ -20,9 +20,10 @@ def low_rank(
     """Factors of a dense matrix at a rank, and their exact relative error.
 
     Up to 512 on the smaller side, or where the rank is a quarter of it, the best of that rank by SVD. Otherwise block
-    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from ``start`` and random directions, until a
-    round adds less than 1e-4 of the energy that is kept, at most 6 rounds: near the best, and deterministic. The
-    singular values are split evenly, ``B = U sqrt(S)``; zero columns fill up to the rank.
+    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from ``start`` and random directions, until the
+    next round would add less than 1e-4 of the energy that is kept (as the gains of the last two tell), at most 6
+    rounds: near the best, and deterministic. The singular values are split evenly, ``B = U sqrt(S)``; zero columns fill
+    up to the rank.
 
     Args:
         dense: out x in, finite.
@@ -60,12 +61,14 @@ def _iterated(dense: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, T
     first = dense @ draw
     if start is not None and held:
         first = torch.cat([start.to(dense)[:, :held] / start.to(dense).norm().clamp(min=1e-30), first], dim=1)
-    left, energy = torch.linalg.qr(first).Q, 0.0
+    left, energy, gains = torch.linalg.qr(first).Q, 0.0, [0.0]
     for going_on in reversed(range(1 + _ROUNDS)):
         right, triangle = torch.linalg.qr(dense.T @ left)
         u, s, vh = torch.linalg.svd(triangle.T, full_matrices=False)
         caught = float(s[:rank].double().square().sum())  # what is kept: the directions beyond it turn for much longer
-        if caught <= energy * (1 + _GAIN) or not going_on:
+        gains.append(caught - energy)
+        expected = gains[-1] * (min(gains[-1] / gains[-2], 1.0) if len(gains) > 3 else 1.0)
+        if expected <= caught * _GAIN or not going_on:
             break
         left, energy = torch.linalg.qr(dense @ right).Q, caught
     return left @ u, s, vh @ right.T
