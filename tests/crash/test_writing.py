@@ -1,6 +1,6 @@
 """Killed, interrupted, out of disk or refused by the system at any moment: the old output is there, or the new one.
 
-`make test` looks at some moments, `make crash` at all of them. Of kills all moments are those at which a file changes.
+`make test` looks at some moments, `make crash` at all; of kills and full disks these are the ones that can differ.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ def moments(place: Place, some: int) -> list[int]:
     return list(every) if ALL else sorted({*random.Random(0).sample(every, some), *every[-20::5]})
 
 
-def changes(place: Place) -> list[int]:
-    """The lines before which the folder is not as it was one line earlier: a kill in between leaves the same."""
+def states(place: Place) -> list[tuple[int, dict[str, bytes | None]]]:
+    """All that the folder comes to hold, with the first line before which it does: kills in between leave the same."""
     place.reset()
-    seen: list[tuple[int, dict]] = []
+    seen: list[tuple[int, dict[str, bytes | None]]] = []
 
     def look(nth: int) -> None:
         found = place.whole()
         if not seen or seen[-1][1] != found:
             seen.append((nth, found))
 
-    lines = at_every_line(look, place.run)
+    at_every_line(look, place.run)
     assert len(seen) > 5
-    return sorted({*(nth for nth, _ in seen), lines})
+    return seen
 
 
 def test_killed_at_any_line(place: Place) -> None:
     seen = []
-    for nth in changes(place):
+    for nth, _ in states(place):
         place.reset()
         assert status_of(partial(at_line, nth, die, place.run)) == -signal.SIGKILL
         seen.append(place.state())
@@ -105,7 +105,7 @@ def test_refused_by_the_system_at_any_call(place: Place) -> None:
 
 
 def test_a_disk_that_is_full_after_so_many_bytes(place: Place) -> None:
-    """The limit of a process for its files acts as a full disk does, at any byte."""
+    """The limit of a process for its files acts as a full disk does: before, at and behind every end of a write."""
 
     def full(most: int) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,11 +117,11 @@ def test_a_disk_that_is_full_after_so_many_bytes(place: Place) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert line_of(caught.value) == f"{place.out}: File too large"
 
-    place.reset()
-    place.run()
+    held = [len(one) for _, found in states(place) for one in found.values() if one is not None]
     largest = max(map(len, content(place.out).values() if place.out.is_dir() else [content(place.out)]))
-    for most in range(0, largest, 1 if ALL and largest < 5000 else largest // 4):
-        place.reset()
+    ends = sorted({near for size in held for near in (size - 1, size, size + 1) if 0 <= near < largest})
+    place.reset()
+    for most in ends if ALL else range(0, largest, largest // 4):
         full(most)
         assert (place.state(), place.debris()) == ("old", [])
 
