@@ -168,7 +168,8 @@ def variants(asked: list[Adapter | None], repeats: int) -> list[dict[str, Any]]:
             row = {"pixels": side, "examples": examples, "evaluations": len(some), "rows": rows}
             times = {"CPU seconds": statistics.median(spent[rows]), "all": spent[rows]}
             gain = statistics.median(spent[ALONE]) / times["CPU seconds"]
-            row |= {"block rows": plan.passes * examples, **times, "times faster": gain}
+            row |= {"shares": any(len(run) > 1 for run in plan.runs), "block rows": plan.passes * examples}
+            row |= {**times, "times faster": gain}
             found.append({**row, "same scores": values[rows] == values[ALONE]})
     return found
 
@@ -186,9 +187,9 @@ def table(report: dict[str, Any]) -> str:
     gain = max(rows.values()) / rows[min(rows, key=int)]
     where = f"{report['made']['cores']} shared cores, {report['made']['threads']} thread, {report['asked']['limit']}"
     agree = "the same" if time_["same scores"] else "NOT the same"
-    names = {ALONE: "one by one", DEFAULT: "default"}
     joined = "\n".join(
-        f"| {one['pixels']} | {one['examples']} | {one['evaluations']} | {names.get(one['rows'], one['rows'])} |"
+        f"| {one['pixels']} | {one['examples']} | {one['evaluations']} | {one['rows'] or 'default'}"
+        f"{'' if one['shares'] else ' (one by one)'} |"
         f" {one['block rows']} | {one['CPU seconds']:.1f} | {one['times faster']:.2f} |"
         f" {'yes' if one['same scores'] else 'NO'} |"
         for one in report["variants"]
@@ -217,8 +218,8 @@ The scores are {agree}.
 ## Several coalitions in a pass
 
 Coalitions share passes of at most so many rows where there is room for four, else they go one by one; a row is a
-picture: 10 tokens at 42 pixels, 50 at 98. Medians of {report["asked"]["repeats"]} rounds in which the ways take turns.
-Block rows: rows times the blocks they go through.
+picture: 10 tokens at 42 pixels, 50 at 98. Medians of {report["asked"]["repeats"]} rounds in which the ways take turns;
+how far two ways that are both one by one differ is chance. Block rows: rows times the blocks they go through.
 
 | pixels | examples | evaluations | rows of a pass | block rows | CPU seconds | times faster | same scores |
 |--:|--:|--:|---|--:|--:|--:|---|
