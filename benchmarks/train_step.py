@@ -20,6 +20,7 @@ run, by PEFT's own switch on PEFT's own code. MokA's PEFT variant is PEFT's LoRA
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -312,7 +313,9 @@ def page(rows: list[dict[str, Any]], size: argparse.Namespace, machine: str) -> 
             "| | variant | over the floor | bound | faster than PEFT's | peak over PEFT's |",
             "|---|---|--:|--:|--:|--:|",
         ]
-        for one in own[1:]:
+        for one in own:
+            if one["variant"] == "floor":  # when compiled, each kind has one
+                continue
             theirs = next(r for r in own if (r["kind"], r["variant"]) == (one["kind"], "PEFT"))
             least = bound(one["kind"], one["variant"].endswith("CoTo"), key[0], size)
             over, by = one["over_floor"], one["faster_than_peft"]
@@ -343,6 +346,7 @@ def main() -> None:
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--checkpointing", action="store_true", help="also with gradient checkpointing")
     options.add_argument("--compile", action="store_true", help="also with torch.compile, layer by layer")
+    options.add_argument("--only-compiled", action="store_true", help="nothing but that")
     options.add_argument("--device", default="cpu")
     options.add_argument("--out", type=Path, default=HERE / "results")
     chosen = options.parse_args()
@@ -352,21 +356,18 @@ def main() -> None:
     )
     device = torch.cuda.get_device_name() if chosen.device != "cpu" else f"{cpu}, {torch.get_num_threads()} thread(s)"
     machine = f"{device}, torch {torch.__version__}, {platform.system()}"
-    ways = [(False, False)] + [(True, False)] * chosen.checkpointing + [(False, True)] * chosen.compile
+    plain = [] if chosen.only_compiled else [(False, False)] + [(True, False)] * chosen.checkpointing
+    ways = plain + [(False, True)] * (chosen.compile or chosen.only_compiled)
     rows: list[dict[str, Any]] = []
-    for dtype in chosen.dtypes:
-        for family in chosen.models:
-            for checkpointing, compiled in ways:
-                way = {"dtype": getattr(torch, dtype), "checkpointing": checkpointing, "compile": compiled}
-                size = argparse.Namespace(**{**vars(chosen), **way})
-                rows += measured(family, size)
-                held = {
-                    "machine": machine,
-                    "size": {k: vars(chosen)[k] for k in ("hidden", "layers", "rows", "tokens", "rounds")},
-                }
-                (chosen.out / "train_step.json").write_text(json.dumps({**held, "rows": rows}, indent=1) + "\n")
-                (chosen.out / "train_step.md").write_text(page(rows, chosen, machine))
-                print(family, dtype, way["checkpointing"], way["compile"], "done", flush=True)
+    form = {name: vars(chosen)[name] for name in ("hidden", "layers", "rows", "tokens", "rounds")}
+    for dtype, family, (checkpointing, compiled) in itertools.product(chosen.dtypes, chosen.models, ways):
+        for kinds in [[kind] for kind in chosen.kinds] if compiled else [chosen.kinds]:  # graphs of a kind at a time
+            way = {"dtype": getattr(torch, dtype), "checkpointing": checkpointing, "compile": compiled, "kinds": kinds}
+            rows += measured(family, argparse.Namespace(**{**vars(chosen), **way}))
+            told = json.dumps({"machine": machine, "size": form, "rows": rows}, indent=1)
+            (chosen.out / "train_step.json").write_text(told + "\n")
+            (chosen.out / "train_step.md").write_text(page(rows, chosen, machine))
+            print(family, dtype, checkpointing, compiled, *kinds, "done", flush=True)
 
 
 if __name__ == "__main__":
