@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,21 @@ def test_prune_by_unit_scope_pattern_and_scores(run, tmp_path):
     words = ["--density", "0.25", "--unit", "layer", "--by", str(tmp_path / "s.json")]
     assert run("prune", "a", "-o", out("s"), *words).exit_code == 0
     assert {row["layer"] for row in ll.summary(ll.load(tmp_path / "s"))["layers"]} == {layers[-1]}
+
+
+def test_dora_is_interpolated_on_its_base(run, tmp_path, tiny_model):
+    plain = ll.load("a")
+    magnitude = {name: one.B.norm(dim=1) + 1 for name, one in plain.modules.items()}
+    for name, factor in (("one", 1.0), ("other", 2.0)):
+        modules = {path: replace(one, magnitude=factor * magnitude[path]) for path, one in plain.modules.items()}
+        ll.save(replace(plain, config={**plain.config, "use_dora": True}, modules=modules), tmp_path / name)
+    words = ["interpolate", str(tmp_path / "one"), str(tmp_path / "other"), "-o", str(tmp_path / "out")]
+    refused = run(*words)
+    assert refused.exit_code == 2 and "cannot merge DoRA adapters" in refused.stderr
+    assert run(*words, "--at", "0.25", "--base", str(tiny_model)).exit_code == 0
+    ends = [ll.load(tmp_path / name) for name in ("one", "other")]
+    merged = ll.merge(ends, weights=[0.75, 0.25], space="delta", base=ll.base_weights(tiny_model, ends[0]))
+    assert close(ll.load(tmp_path / "out"), merged)
 
 
 def test_fold_extract_export(run, tmp_path, tiny_model):

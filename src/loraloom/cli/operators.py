@@ -105,20 +105,23 @@ def interpolate(
     via: Annotated[Path | None, typer.Option(help="A third adapter: the control point of a Bezier curve.")] = None,
     space: Annotated[Plain, typer.Option(help="factors: (1-t)B_a + t B_b and so A; delta: the updates.")] = Plain.delta,
     align: Annotated[Gauge | None, typer.Option(help="Bring B to A's gauge first, for --space factors.")] = None,
+    base: Base = None,
     allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """One point of the path between two adapters."""
+    """One point of the path between two adapters; no base model is needed, but for DoRA."""
     import loraloom as ll
 
+    first = ll.load(a)
     point = ll.interpolate(
-        ll.load(a),
+        first,
         ll.load(b),
         at=at,
         via=ll.load(via) if via else None,
         space=space.value,
         align=align.value if align else None,
+        base=ll.base_weights(base, first) if base else None,
         same_base=not allow_different_bases,
     )
     saved(point, out, overwrite, as_json)
