@@ -91,10 +91,11 @@ def test_runs_give_the_same_bits_whatever_else_is_scored(monkeypatch):
     asked, score = some(adapter, 32), Scores(made, limit=FEW, rows=32)
     runs = score.plan(asked).runs
     assert len(runs) == 4 and sorted(itertools.chain(*runs)) == list(range(32))
-    whole = Noted(made, score, runs, asked, monkeypatch)
+    whole, ran = Noted(made, score, runs, asked, monkeypatch), score.ran
     for run in runs:
         part = Noted(made, score, [run], asked, monkeypatch)
         assert torch.equal(part.numbers, whole.numbers[sorted(run)])
+    assert score.ran == 2 * ran  # no run begins with what another left
     assert list(score.stream(asked, [])) == []
 
 
