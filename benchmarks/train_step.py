@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                       # about 25 minutes on 2 cores; results/train_step.{json,md}
     python benchmarks/train_step.py --models llama --kinds lora dora hira --rounds 2
     python benchmarks/train_step.py --models llama --kinds lora moka --hidden 256 --layers 4 --rounds 2 --only-compiled
+    python benchmarks/train_step.py --models llama --dtypes bfloat16 --hidden 256 --layers 3 --rows 2 --rounds 1
     python benchmarks/train_step.py --dtypes float32 bfloat16 --checkpointing --compile --device cuda --out FOLDER
 
 Random weights; adapters on all linear layers, rank 16, no dropout; factors in float32, as PEFT has them. A step is the
