@@ -16,6 +16,7 @@ import torch
 import loraloom as ll
 from fuzz.folders import json_lines, read
 from fuzz.journals import HARNESS, TABLE, probe_journal, read_probe_journal, read_sweep_journal, sweep_journal, table
+from fuzz.readers import adapter
 from loraloom.integrations.lm_eval import _asked
 from loraloom.probing import scores_in
 from loraloom.sweep import plan
@@ -73,6 +74,7 @@ def test_what_a_probe_has_scored(tmp_path: Path) -> None:
 def test_scores_beyond_floats() -> None:
     one_line("score of a is .*; scores must be finite numbers", scores_in, {"a": 10**400}, "s.json")
     one_line(r"score of 'a\\nb' is 'x", scores_in, {"a\nb": "x" * 900}, "s.json")
+    one_line("unit 'xxx.* is not known", lambda: ll.compress(adapter(), budget="0.5x", scores={"x" * 900: 1.0}))
 
 
 @pytest.mark.parametrize("task", ["*a", "!!python/tuple [1]", "!!bool x", "{"])
