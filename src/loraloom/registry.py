@@ -26,12 +26,11 @@ class UnknownName(ValueError):
     """A name that is not there; the message says which names are, nearest first."""
 
     def __init__(self, what: str, name: object, known: list[str]) -> None:
-        from loraloom.untrusted import short  # not needed for what goes well
-
         self.what, self.name, self.known = what, name, known
         near = get_close_matches(str(name), known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        super().__init__(f"{what} {short(name)} is not known{hint}; allowed: {', '.join(known) or 'none'}")
+        told = repr(name) if len(repr(name)) < 300 else repr(name)[:80] + "..."
+        super().__init__(f"{what} {told} is not known{hint}; allowed: {', '.join(known) or 'none'}")
 
 
 @dataclass(frozen=True)

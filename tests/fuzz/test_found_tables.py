@@ -19,6 +19,7 @@ from fuzz.journals import HARNESS, TABLE, probe_journal, read_probe_journal, rea
 from fuzz.readers import adapter
 from loraloom.integrations.lm_eval import _asked
 from loraloom.probing import scores_in
+from loraloom.report import Series
 from loraloom.sweep import plan
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal
@@ -134,6 +135,13 @@ def test_pictures_beyond_all_screens() -> None:
     data = bytearray(held.getvalue())
     data[18:26] = (9000).to_bytes(4, "little") * 2
     one_line("9000 x 9000 pixels; at most", media.image, {"bytes": bytes(data), "path": None})
+
+
+def test_modalities_that_are_a_number_and_numbers_that_are_a_long_list() -> None:
+    active: Any = 3
+    one_line("active must be names of modalities, got 3", lambda: ll.MokA({"image": 1}, active=active))
+    long: Any = ["a"] * 2000
+    one_line("is not a number", lambda: Series("a", ("x",), (long,)))
 
 
 def test_masks_that_are_none() -> None:

@@ -44,7 +44,7 @@ def plain(value: JSON, where: str) -> JSON:
 
 def _finite(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{where}: {value!r} is not a number")
+        raise ValueError(f"{where}: {short(value)} is not a number")
     try:
         found = float(value)
     except OverflowError:  # a whole number may be larger than any float

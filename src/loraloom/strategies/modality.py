@@ -103,6 +103,8 @@ class MokA:
                 raise UnknownName("tokens: modality", name, list(self.modalities))
         if self.active is None:
             return
+        if not isinstance(self.active, str | Sequence):
+            raise ValueError(f"active must be names of modalities, got {self.active!r}")
         on = (self.active,) if isinstance(self.active, str) else tuple(self.active)
         object.__setattr__(self, "active", on)
         for name in on:
