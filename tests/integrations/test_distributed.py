@@ -210,8 +210,7 @@ def test_a_run_goes_on_with_more_or_fewer_processes_and_as_another_kind(
 
 def stopped(rank: int, folder: Path) -> None:
     """Ctrl-C in the second process alone, twice at once, as launchers pass it on; the first one minds none."""
-    if rank == 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if rank == 0 else signal.default_int_handler)  # whatever was inherited
 
     class CtrlC(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
