@@ -386,6 +386,8 @@ WRONG = {
         {"arms": {"A": {}, "B": {"adapter.kind": "dora"}}},
         "at 0, factors, arm B (dora): cannot merge DoRA adapters",
     ),
+    "seeds that are no list": ({"seeds": 3}, "seeds"),
+    "rates that are a text": ({"rates": "12"}, "rates"),
     "a seed twice": ({"seeds": [1, 1]}, "seeds has a value twice: [1, 1]"),
     "too few seeds": ({"seeds": [0], "tuned_on": [0]}, "measure needs 2 seeds"),
     "a tuning seed that is none": ({"tuned_on": [7]}, "tuned_on has seed 7"),

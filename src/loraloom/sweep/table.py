@@ -113,7 +113,9 @@ class Sweep(_Strict):
     @field_validator("rates", "seeds", "tasks", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
-        return tuple(float(one) if isinstance(one, str) and _is_number(one) else one for one in value or ())
+        if not isinstance(value, list | tuple):
+            return () if value is None else value
+        return tuple(float(one) if isinstance(one, str) and _is_number(one) else one for one in value)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
