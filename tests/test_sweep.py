@@ -386,6 +386,11 @@ WRONG = {
         {"arms": {"A": {}, "B": {"adapter.kind": "dora"}}},
         "at 0, factors, arm B (dora): cannot merge DoRA adapters",
     ),
+    "a space of two lines": (
+        {"measure": {"merge": [{"weights": [1, 1], "space": "a\n\nb"}]}},
+        "sweep.yaml: merge 1:1, linear a b, arm LoRA",
+    ),
+    "an arm of two lines": ({"arms": {"X\nY": {"strategy.nam": "coto"}}}, "arm X Y: recipe"),
     "seeds that are no list": ({"seeds": 3}, "seeds"),
     "rates that are a text": ({"rates": "12"}, "rates"),
     "a seed twice": ({"seeds": [1, 1]}, "seeds has a value twice: [1, 1]"),

@@ -120,7 +120,7 @@ def _check(found: Sweep, path: Path) -> None:
         try:
             kinds.setdefault(run_of(found, cell, found.seeds[0]).adapter.kind, cell.arm)
         except ValueError as error:
-            raise ValueError(f"sweep {path}, arm {cell.arm}: {error}") from None
+            raise ValueError(_line(f"sweep {path}, arm {cell.arm}: {error}")) from None
     for task in map(read_task, found.tasks):
         if isinstance(task, str) and not task.startswith("hub:"):
             tasks[task]  # refuses a name that is none
@@ -128,7 +128,12 @@ def _check(found: Sweep, path: Path) -> None:
         try:
             tried(operation, kind, len(found.tasks))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"sweep {path}: {operation.name}, arm {arm} ({kind}): {error}") from None
+            raise ValueError(_line(f"sweep {path}: {operation.name}, arm {arm} ({kind}): {error}")) from None
+
+
+def _line(text: str) -> str:
+    """Names out of the file may have line ends in them."""
+    return " ".join(text.split())
 
 
 def cells(sweep: Sweep) -> Iterator[Cell]:
