@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import loraloom as ll
+from held import held
 from loraloom.integrations import fast as paths
 from loraloom.integrations.fast import FastMokA
 from loraloom.integrations.gates import Gates
@@ -134,30 +135,14 @@ def test_two_passes_over_the_same_tensor_have_each_its_routing(monkeypatch: pyte
     assert calls == [3, 3]
 
 
-def held(model: Any, given: dict[str, Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward beside the weights."""
-    seen: dict[int, int] = {}
-    weights = {weight.data_ptr() for weight in model.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        keep = model(**given)  # noqa: F841 - the storages stay, so that their addresses tell them apart
-    return sum(seen.values())
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_no_more_is_held_for_backward_than_by_peft_s_lora(dropout: float) -> None:
     plan = MokA({"image": 1}, rank=2, alpha=4, dropout=dropout)
     model = moka(plan)
     config = LoraConfig(r=2, lora_dropout=dropout, target_modules=model.peft_config["default"].target_modules)
     theirs = get_peft_model(tiny_llava().double(), config).train()
-    theirs = held(theirs.double(), batch())
-    assert held(ll.fast(model), batch()) <= theirs < held(ll.fast(model, on=False), batch())
+    theirs = held(theirs.double(), **batch())
+    assert held(ll.fast(model), **batch()) <= theirs < held(ll.fast(model, on=False), **batch())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
