@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ class Child:
         code = 1
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            faulthandler.register(signal.SIGUSR1, file=2)
             if memory is not None:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
                 resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
@@ -54,11 +57,13 @@ class Child:
         """The next line; None at the end.
 
         Raises:
-            TimeoutError: none came in that time.
+            TimeoutError: none came in that time; where the child stands is on its standard error.
         """
         while b"\n" not in self._rest:
             if not select.select([self._pipe], [], [], seconds)[0]:
-                raise TimeoutError
+                os.kill(self.pid, signal.SIGUSR1)
+                time.sleep(1)
+                raise TimeoutError(f"nothing from the child in {seconds} seconds")
             got = os.read(self._pipe, 1 << 16)
             if not got:
                 return None

@@ -37,7 +37,7 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1)
     others: tuple[str, ...] = ("easy-vqa-shape", "easy-vqa-colour")
-    points: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(11))
+    points: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
     densities: tuple[float, ...] = (0.5, 0.25, 0.1)
     limit: int | None = 400
     overrides: tuple[tuple[str, Any], ...] = ()
@@ -164,9 +164,13 @@ def _path(study: Study, bench: Any) -> None:
     a, b = study.settings.seeds[:2]
     for method in study.recipes:
         ends = (study.adapters[method, study.main, a], study.adapters[method, study.main, b])
+        alone = study.outcomes[method, "alone", study.main]
         for space in ("factors", "delta"):
             for at in study.settings.points:
-                study.measure((method, "path", space, at), bench, interpolate(*ends, at=at, space=space))
+                if at in (0, 1):
+                    study.outcomes[method, "path", space, at] = [alone[int(at)]]
+                else:
+                    study.measure((method, "path", space, at), bench, interpolate(*ends, at=at, space=space))
         middle = {space: study.estimate(method, "path", space, 0.5).value for space in ("factors", "delta")}
         study.say(
             f"{method:5} half way between the seeds: {middle['factors']:.3f} factors, {middle['delta']:.3f} delta"

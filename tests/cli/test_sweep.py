@@ -25,6 +25,18 @@ def test_a_table_becomes_a_page(loraloom, world, table):
     assert (world / "swept" / "report.html").stat().st_size > 10_000
 
 
+def test_arms_follow_one_another_in_a_folder(loraloom, world):
+    asked = {"recipe": "recipe.yaml", "arms": {"LoRA": {"strategy": None}, "CoTo": {}}, "seeds": [0], "rates": [0.01]}
+    (world / "arms.yaml").write_text(yaml.safe_dump({**asked, "limit": 10}))
+    first = loraloom("sweep", "arms.yaml", "-o", "armed", "--arms", "CoTo")
+    assert first.returncode == 0 and [line[:5] for line in first.stdout.splitlines()[:2]] == ["[1/2]", "[2/2]"]
+    both = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume")
+    assert both.returncode == 0 and "LoRA" in both.stdout and len(list((world / "armed" / "adapters").iterdir())) == 2
+    wrong = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume", "--arms", "LoRA,coto")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "there is no arm 'coto'; allowed: LoRA, CoTo" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

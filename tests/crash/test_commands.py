@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,22 +38,61 @@ def place() -> Iterator[Path]:
         yield inputs(folder)
 
 
-def told_by(words: tuple[str, ...], folder: Path, before: Callable[[], object]) -> tuple[int, list[str]]:
-    """Run a command in a child after ``before``: its status, and the lines of its errors."""
+@pytest.fixture(scope="module")
+def told_by() -> Iterator[Callable[[Path, str, str], tuple[int, list[str]]]]:
+    """Runs a command that a fault meets: its status, and the lines of its errors.
 
-    def work(tell: Callable[[str], None]) -> None:
-        os.chdir(folder)
-        sys.argv = ["loraloom", *words]
-        before()
-        done = CliRunner().invoke(app, list(words), prog_name="loraloom")
-        tell(str(done.exit_code))
-        for line in done.stderr.splitlines():
-            tell(line)
+    Each is forked from a process without threads. A fork of one that has some, as pytest's workers do, may find a lock
+    that nobody is left to open.
+    """
+    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with subprocess.Popen(
+        [sys.executable, "-m", "crash.test_commands"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | alone,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as forking:
+        assert forking.stdin and forking.stdout
+        requests, answers = forking.stdin, forking.stdout
 
-    child = Child(work)
-    lines = list(iter(partial(child.line, 120), None))
-    assert child.end() == 0
-    return int(lines[0]), lines[1:]
+        def told_by(folder: Path, name: str, fault: str) -> tuple[int, list[str]]:
+            print(json.dumps([str(folder), name, fault]), file=requests, flush=True)
+            status, lines = json.loads(answers.readline())
+            return status, lines
+
+        yield told_by
+        requests.close()
+
+
+def answer() -> None:
+    """Do in forked processes what the lines of the standard input ask for.
+
+    All is done once without a fault before: nobody may read the files of a Python that lies in a folder of root's.
+    """
+    with quick_folder() as folder:
+        os.chdir(inputs(folder))
+        for words in COMMANDS.values():
+            done = CliRunner().invoke(app, words, prog_name="loraloom")
+            assert done.exit_code == 0, done.stderr
+    for line in sys.stdin:
+        folder, name, fault = json.loads(line)
+
+        def work(tell: Callable[[str], None], folder: str = folder, name: str = name, fault: str = fault) -> None:
+            os.chdir(folder)
+            sys.argv = ["loraloom", *COMMANDS[name]]
+            FAULTS[fault][0]()
+            done = CliRunner().invoke(app, COMMANDS[name], prog_name="loraloom")
+            tell(str(done.exit_code))
+            for line in done.stderr.splitlines():
+                tell(line)
+
+        assert threading.active_count() == 1
+        child = Child(work)
+        status, *lines = iter(partial(child.line, 120), None)
+        assert child.end() == 0
+        print(json.dumps([int(status), lines]), flush=True)
 
 
 def small_files() -> None:
@@ -80,15 +122,21 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_line_and_all_is_as_before(place: Path, fault: str) -> None:
-    before, status, said = FAULTS[fault]
+def test_one_line_and_all_is_as_before(
+    told_by: Callable[[Path, str, str], tuple[int, list[str]]], place: Path, fault: str
+) -> None:
+    _, status, said = FAULTS[fault]
     held = {path.name: content(path) for path in place.iterdir()}
     some = ("merge", "report", *(["probe"] if fault == "stopped" else []))
-    for name, words in COMMANDS.items() if ALL else [(name, COMMANDS[name]) for name in some]:
-        code, lines = told_by(words, place, before)
+    for name in COMMANDS if ALL else some:
+        code, lines = told_by(place, name, fault)
         place.chmod(0o755)
         assert (code, len(lines)) == (status, 1), (name, code, lines)
         assert ("is kept" in lines[-1]) == (fault == "stopped" and name == "probe")
         assert said in lines[-1] and lines[-1].startswith(f"loraloom {name}")
         assert ".loraloom-tmp" not in lines[-1]
         assert {path.name: content(path) for path in place.iterdir()} == held
+
+
+if __name__ == "__main__":
+    answer()

@@ -15,9 +15,12 @@ def sweep(
     table: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that all processes see.", show_default=False)],
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes on this machine.")] = 1,
+    arms: Annotated[
+        str, typer.Option(help="Only these arms: LoRA,CoTo. Others may follow in the same folder.", show_default=False)
+    ] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there; finished jobs are read.")] = False,
 ) -> None:
     """Run a table: train a grid of adapters, combine and prune them, score all, write one report."""
     from loraloom.sweep import read, run
 
-    run(read(table), out, resume=resume, jobs=jobs)
+    run(read(table, arms.split(",") if arms else ()), out, resume=resume, jobs=jobs)

@@ -21,7 +21,7 @@ from loraloom.recipe import read as read_recipe
 from loraloom.sweep.operations import ALONE, BASE, Operation, groups, operations, tried
 from loraloom.sweep.table import Sweep
 from loraloom.tasks import tasks
-from loraloom.untrusted import read_mapping
+from loraloom.untrusted import read_mapping, short
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def read(path: str | Path) -> Sweep:
+def read(path: str | Path, arms: Sequence[str] = ()) -> Sweep:
     """Read a sweep and check all that can be known before the first run: every recipe, every merge.
+
+    Args:
+        path: of the YAML file.
+        arms: only these, in this order; by default all.
 
     Raises:
         FileNotFoundError: no such file, or its recipe is not there.
@@ -96,6 +100,10 @@ def read(path: str | Path) -> Sweep:
         found = Sweep.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"sweep {path}: {explain(error, Sweep)}") from None
+    if stray := [arm for arm in arms if arm not in found.arms]:
+        raise ValueError(_line(f"sweep {path}: there is no arm {short(stray[0])}; allowed: {', '.join(found.arms)}"))
+    if arms:
+        found = found.model_copy(update={"arms": {arm: found.arms[arm] for arm in arms}})
     files = [str(path.parent / task) if task.endswith((".yaml", ".yml")) else task for task in found.tasks]
     found = found.model_copy(update={"recipe": path.parent / found.recipe, "tasks": tuple(files)})
     if not files:
