@@ -110,6 +110,9 @@ def test_list_names_a_source_for_everything(run, what):
     rows = json.loads(run("list", what, "--json").stdout)
     assert rows
     assert all(row["summary"] and row["paper"] for row in rows)
+    lines = run("list", what).stdout.splitlines()
+    assert {row["name"] for row in rows} == {line for line in lines if not line.startswith(" ")}
+    assert {word for row in rows for word in row["paper"].split()} <= {word for line in lines for word in line.split()}
 
 
 WRONG = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import wraps
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraloom import untrusted
 from loraloom.registry import edge
@@ -41,6 +43,7 @@ Budget = Annotated[str, typer.Option(help="Size of the result's factors: 10MB, 6
 Density = Annotated[float | None, typer.Option(help="Share kept, in (0, 1].")]
 Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
 Knobs = Annotated[list[str] | None, typer.Option("--set", help="A further argument of the method: name=value.")]
+_SAID_FIRST = ("name", "summary")
 Space = StrEnum("Space", ["factors", "delta", "core", "knots", "units"])
 Plain = StrEnum("Plain", ["factors", "delta"])
 Extras = StrEnum("Extras", ["refuse", "average"])
@@ -162,6 +165,21 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     for row in rows:
         grid.add_row(*[shown(value) for value in row.values()])
     Console().print(grid)
+
+
+def entries(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print named things: each name, below it its summary and what else is known of it."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    console = Console(highlight=False)
+    for row in rows:
+        known = {key.replace("_", " "): value for key, value in row.items() if value and key not in _SAID_FIRST}
+        more = "; ".join(key if value is True else f"{key}: {shown(value)}" for key, value in known.items())
+        console.print(Text(row["name"], style="bold"), soft_wrap=True)
+        for text, style in ((row["summary"], ""), (more, "dim")):
+            for line in textwrap.wrap(text, console.width - 2, break_long_words=False, break_on_hyphens=False):
+                console.print(Text(f"  {line}", style=style), soft_wrap=True)
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loraloom.cli.shell import AsJson, Many, Overwrite, command, result, table
+from loraloom.cli.shell import AsJson, Many, Overwrite, command, entries, result, table
 from loraloom.registry import edge
 
 What = StrEnum("What", ["methods", "schedules", "tasks", "models", "probes"])
@@ -100,7 +100,7 @@ def list_(what: What, as_json: AsJson = False) -> None:
     """What there is, with its paper."""
     import loraloom as ll
 
-    table(what.value, ll.catalogue(what.value), as_json)
+    entries(ll.catalogue(what.value), as_json)
 
 
 @command("demo")
