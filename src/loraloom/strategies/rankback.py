@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.fused import Adapted, _apart, _as, _down, _each, _of_lows, _plus, _rows, _stacked, _with_update
+from loraloom.fused import Adapted, passes
+from loraloom.fused.passes import in_kind
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.rankspace import Lookup, Routing, chosen, spread, turned
 
@@ -100,18 +101,18 @@ class _Routed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, between: Between, scales: list[float], p: float, dtype: torch.dtype | None, *tensors: Any
     ) -> tuple:
-        parts = list(_each(tensors, 4))
+        parts = list(passes.each(tensors, 4))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
-        flat = _as(_rows(x), wide)
-        down, kept = _down(flat, _stacked([part[2] for part in parts], thin), p)
+        flat = in_kind(passes.rows(x), wide)
+        down, kept = passes.down(flat, passes.stacked([part[2] for part in parts], thin), p)
         z = between.enter(down)
         outs = []
         for (weight, bias, _, b), scale, h in zip(parts, scales, between.leave(z).chunk(len(parts), 1), strict=True):
-            y = F.linear(flat, _as(weight, wide), None if bias is None else _as(bias, wide))
-            outs.append(_plus(y, h, _as(b, thin).T, scale).view(*x.shape[:-1], len(weight)))
+            y = F.linear(flat, in_kind(weight, wide), None if bias is None else in_kind(bias, wide))
+            outs.append(passes.plus(y, h, in_kind(b, thin).T, scale).view(*x.shape[:-1], len(weight)))
         ctx.between, ctx.scales, ctx.p, ctx.dtype = between, scales, p, dtype
         ctx.set_materialize_grads(False)
-        learns = any(need[2] for need in _each(ctx.needs_input_grad[5:], 4))
+        learns = any(need[2] for need in passes.each(ctx.needs_input_grad[5:], 4))
         held = [part for weight, _, a, b in parts for part in (weight, a, b)]
         ctx.save_for_backward(x if learns else None, kept, z, *held)
         return tuple(outs)
@@ -120,9 +121,9 @@ class _Routed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, kept, z, *saved = ctx.saved_tensors
-        parts, needs = list(_each(saved, 3)), list(_each(ctx.needs_input_grad[5:], 4))
+        parts, needs = list(passes.each(saved, 3)), list(passes.each(ctx.needs_input_grad[5:], 4))
         found: list[list] = [[None] * 4 for _ in parts]
-        there = {i: _rows(g) for i, g in enumerate(grads) if g is not None}  # nobody used the others
+        there = {i: passes.rows(g) for i, g in enumerate(grads) if g is not None}  # nobody used the others
         if not there:
             return (None,) * (5 + 4 * len(parts))
         through = None
@@ -132,21 +133,21 @@ class _Routed(torch.autograd.Function):
         for i, g in there.items():
             weight, _, b = parts[i]
             if ctx.needs_input_grad[0]:
-                wide = _as(weight, ctx.dtype or g.dtype)
+                wide = in_kind(weight, ctx.dtype or g.dtype)
                 through = torch.mm(g, wide) if through is None else through.addmm_(g, wide)
-            inner[i] = torch.mm(_as(g, z.dtype), _as(b, z.dtype)).mul_(ctx.scales[i])
+            inner[i] = torch.mm(in_kind(g, z.dtype), in_kind(b, z.dtype)).mul_(ctx.scales[i])
         h, up = ctx.between.again(z, inner[0] if len(inner) == 1 else torch.cat(inner, dim=1))
         lows = [a for _, a, _ in parts]
-        of_lows = None if x is None else _apart(_of_lows(ctx, x, kept, up), lows, dim=0)
+        of_lows = None if x is None else passes.apart(passes.of_lows(ctx, x, kept, up), lows, dim=0)
         seen = h.chunk(len(parts), 1)
         for i, g in there.items():
             _, a, b = parts[i]
             if needs[i][3]:
-                found[i][3] = _as(torch.mm(_as(g, z.dtype).T, seen[i]).mul_(ctx.scales[i]), b.dtype)
+                found[i][3] = in_kind(torch.mm(in_kind(g, z.dtype).T, seen[i]).mul_(ctx.scales[i]), b.dtype)
             if needs[i][2] and of_lows is not None:
-                found[i][2] = _as(of_lows[i], a.dtype)
+                found[i][2] = in_kind(of_lows[i], a.dtype)
         if through is not None:
-            through = _with_update(through, up, _stacked(lows, z.dtype), kept, ctx.p)
+            through = passes.with_update(through, up, passes.stacked(lows, z.dtype), kept, ctx.p)
             through = through.view(*ctx.between.shape, through.shape[1])
         return through, None, None, None, None, *(grad for one in found for grad in one)
 
@@ -179,10 +180,10 @@ def _looked_again(plan: MokA, h: Tensor, grad: Tensor, lookups: Sequence[Lookup]
         with torch.autocast(device, enabled=False):
             return _looked_again(plan, h, grad, lookups)
     kind, heads = torch.promote_types(h.dtype, torch.float32), h.shape[-1] * plan.heads // plan.width
-    wide, of_h = _as(h, kind), _as(grad, kind)
+    wide, of_h = in_kind(h, kind), in_kind(grad, kind)
     total, back = wide, of_h
     for lookup in lookups:
-        gain, bias = _as(lookup.gain, kind), _as(lookup.bias, kind)
+        gain, bias = in_kind(lookup.gain, kind), in_kind(lookup.bias, kind)
         bias = bias.squeeze(1) if heads == 1 else bias.expand(-1, heads, -1, -1).flatten(0, 1)
         index = lookup.index.unsqueeze(-1).expand(-1, -1, h.shape[-1])
         query, key, of_found = (_heads(part, heads) for part in (wide, wide.gather(1, index), of_h * gain))
@@ -190,7 +191,7 @@ def _looked_again(plan: MokA, h: Tensor, grad: Tensor, lookups: Sequence[Lookup]
         total = torch.addcmul(total, gain, _joined(found, heads))
         back = torch.add(back, _joined(of_query, heads), alpha=lookup.sharp)
         back.scatter_add_(1, index, _joined(of_key, heads))
-    return _as(total, h.dtype), _as(back, grad.dtype)
+    return in_kind(total, h.dtype), in_kind(back, grad.dtype)
 
 
 def _attended(query: Tensor, key: Tensor, grad: Tensor, bias: Tensor, sharp: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraloom.fused import passes
+from loraloom.fused.passes import in_kind
+
 BLOCK = {"cpu": 2**20}  # entries of a weight that are worked on at a time
 _BLOCK_ELSEWHERE = 2**24
 
@@ -96,35 +99,31 @@ def hira(x: Tensor, layers: Sequence[Adapted], *, whole: bool = True, dtype: tor
     return _Hira.apply(x, whole, dtype, *tensors)
 
 
-def _each(tensors: Sequence[Any], width: int) -> Iterator[tuple]:
-    return zip(*[iter(tensors)] * width, strict=True)
-
-
 class _Lora(torch.autograd.Function):
     """LoRA and DoRA layers on one input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: list[float], p: float, dtype: torch.dtype | None, *tensors: Any) -> tuple:
-        parts = list(_each(tensors, 6))
+        parts = list(passes.each(tensors, 6))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
-        flat, lows = _as(_rows(x), wide), [part[2] for part in parts]
-        all_down, kept = _down(flat, _stacked(lows, thin), p)
-        down = _apart(all_down, lows, dim=1)
+        flat, lows = in_kind(passes.rows(x), wide), [part[2] for part in parts]
+        all_down, kept = passes.down(flat, passes.stacked(lows, thin), p)
+        down = passes.apart(all_down, lows, dim=1)
         outs, norms, bare = [], [], []
         for (weight, bias, a, b, magnitude, square), scale, u in zip(parts, scales, down, strict=True):
             plain = magnitude is None
-            z = F.linear(flat, _as(weight, wide), _as(bias, wide) if plain and bias is not None else None)
-            z = _plus(z, u, _as(b, thin).T, scale)
+            z = F.linear(flat, in_kind(weight, wide), in_kind(bias, wide) if plain and bias is not None else None)
+            z = passes.plus(z, u, in_kind(b, thin).T, scale)
             norm, y = None, z
             if not plain:
                 norm = row_norms(weight, a, b, scale, square)
-                y = _rescaled(z, magnitude / _as(norm, magnitude.dtype), bias)
+                y = _rescaled(z, magnitude / in_kind(norm, magnitude.dtype), bias)
             norms.append(norm)
             bare.append(None if plain else z)
             outs.append(y.view(*x.shape[:-1], len(weight)))
         ctx.scales, ctx.p, ctx.dtype = scales, p, dtype
         ctx.set_materialize_grads(False)
-        needs = list(_each(ctx.needs_input_grad[4:], 6))
+        needs = list(passes.each(ctx.needs_input_grad[4:], 6))
         held = [part for weight, _, a, b, magnitude, _ in parts for part in (weight, a, b, magnitude)]
         us = [u if learns[3] else None for u, learns in zip(down, needs, strict=True)]
         ctx.save_for_backward(x if any(learns[2] for learns in needs) else None, kept, *held, *us, *norms, *bare)
@@ -135,9 +134,9 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, kept, *saved = ctx.saved_tensors
         k = len(grads)
-        parts = list(_each(saved[: 4 * k], 4))
+        parts = list(passes.each(saved[: 4 * k], 4))
         down, norms, bare = saved[4 * k : 5 * k], saved[5 * k : 6 * k], saved[6 * k :]
-        wants, needs = ctx.needs_input_grad[0], list(_each(ctx.needs_input_grad[4:], 6))
+        wants, needs = ctx.needs_input_grad[0], list(passes.each(ctx.needs_input_grad[4:], 6))
         found: list[list] = [[None] * 6 for _ in parts]
         there = [i for i, g in enumerate(grads) if g is not None]  # a layer that nobody used has no gradient, not zero
         if not there:
@@ -146,25 +145,25 @@ class _Lora(torch.autograd.Function):
         through, inner = None, []
         for i in there:
             weight, _, b, magnitude = parts[i]
-            g = _rows(grads[i])
+            g = passes.rows(grads[i])
             if magnitude is not None:
                 if needs[i][4]:
-                    found[i][4] = _as(_sum_of_products(g, bare[i]) / norms[i], magnitude.dtype)
-                g = _as(g * (magnitude / _as(norms[i], magnitude.dtype)), g.dtype)
+                    found[i][4] = in_kind(_sum_of_products(g, bare[i]) / norms[i], magnitude.dtype)
+                g = in_kind(g * (magnitude / in_kind(norms[i], magnitude.dtype)), g.dtype)
             if wants:
-                wide = _as(weight, ctx.dtype or g.dtype)
+                wide = in_kind(weight, ctx.dtype or g.dtype)
                 through = torch.mm(g, wide) if through is None else through.addmm_(g, wide)
-            g = _as(g, thin)
+            g = in_kind(g, thin)
             if needs[i][3]:
-                found[i][3] = _as(torch.mm(g.T, down[i]).mul_(ctx.scales[i]), b.dtype)
-            inner.append(torch.mm(g, _as(b, thin)).mul_(ctx.scales[i]))
+                found[i][3] = in_kind(torch.mm(g.T, down[i]).mul_(ctx.scales[i]), b.dtype)
+            inner.append(torch.mm(g, in_kind(b, thin)).mul_(ctx.scales[i]))
         lows = [parts[i][1] for i in there]
         up = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
         if x is not None:
-            for i, part in zip(there, _apart(_of_lows(ctx, x, kept, up), lows, dim=0), strict=True):
-                found[i][2] = _as(part, parts[i][1].dtype) if needs[i][2] else None
+            for i, part in zip(there, passes.apart(passes.of_lows(ctx, x, kept, up), lows, dim=0), strict=True):
+                found[i][2] = in_kind(part, parts[i][1].dtype) if needs[i][2] else None
         if through is not None:
-            through = _with_update(through, up, _stacked(lows, thin), kept, ctx.p)
+            through = passes.with_update(through, up, passes.stacked(lows, thin), kept, ctx.p)
             through = through.view(*grads[there[0]].shape[:-1], through.shape[1])
         return through, None, None, None, *(grad for one in found for grad in one)
 
@@ -174,10 +173,10 @@ class _Hira(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, whole: bool, dtype: torch.dtype | None, *tensors: Any) -> tuple:
-        parts = list(_each(tensors, 4))
+        parts = list(passes.each(tensors, 4))
         ctx.whole, ctx.dtype = whole, dtype
         ctx.set_materialize_grads(False)
-        flat = _rows(x)
+        flat = passes.rows(x)
         outs = []
         for weight, bias, a, b in parts:
             kind = dtype or torch.promote_types(weight.dtype, a.dtype)
@@ -197,16 +196,16 @@ class _Hira(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, *saved = ctx.saved_tensors
-        wants, needs = ctx.needs_input_grad[0], list(_each(ctx.needs_input_grad[3:], 4))
+        wants, needs = ctx.needs_input_grad[0], list(passes.each(ctx.needs_input_grad[3:], 4))
         through: Tensor | None = None
         found: list[list] = [[None] * 4 for _ in needs]
-        for i, (weight, a, b) in enumerate(_each(saved, 3)):
+        for i, (weight, a, b) in enumerate(passes.each(saved, 3)):
             if grads[i] is None:
                 continue
             shape = grads[i].shape[:-1]
             kind = ctx.dtype or torch.promote_types(weight.dtype, a.dtype)
-            g = _rows(grads[i]).to(kind)
-            seen = None if x is None else _rows(x).to(kind)
+            g = passes.rows(grads[i]).to(kind)
+            seen = None if x is None else passes.rows(x).to(kind)
             low, high, one = a.to(kind), b.to(kind), ctx.whole and _holds_one(kind)
             grad_a, grad_b = torch.zeros_like(low), torch.empty_like(high)
             if wants and through is None:
@@ -245,54 +244,6 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, square: Tensor
             across = torch.cat([weight[rows].to(kind) @ low.T for rows in _blocks(weight)])
         across.mul_(2 * scale).addmm_(high, low @ low.T, alpha=scale**2)
         return (square + across.mul_(high).sum(1)).clamp_min_(0).sqrt_()
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _as(x: Tensor, kind: torch.dtype) -> Tensor:
-    """``x.to(kind)``, at once where there is nothing to do: layers are many."""
-    return x if x.dtype is kind else x.to(kind)
-
-
-def _stacked(matrices: Sequence[Tensor], kind: torch.dtype) -> Tensor:
-    return _as(matrices[0] if len(matrices) == 1 else torch.cat(list(matrices)), kind)
-
-
-def _apart(x: Tensor, lows: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
-    """What belongs to each A."""
-    return (x,) if len(lows) == 1 else x.split([len(a) for a in lows], dim)
-
-
-def _down(flat: Tensor, low: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """``A x``, and which entries of x dropout left."""
-    kept = F.dropout(torch.ones_like(flat, dtype=low.dtype), p) != 0 if p else None
-    return _dropped(_as(flat, low.dtype), kept, p) @ low.T, kept
-
-
-def _of_lows(ctx: Any, x: Tensor, kept: Tensor | None, up: Tensor) -> Tensor:
-    """The gradient of the A's, one below the other, of that of ``A x``."""
-    seen = _as(_as(_rows(x), ctx.dtype or x.dtype), up.dtype)
-    return torch.mm(up.T, _dropped(seen, kept, ctx.p))
-
-
-def _with_update(through: Tensor, up: Tensor, low: Tensor, kept: Tensor | None, p: float) -> Tensor:
-    """The gradient of x through the base, and now through the A's; in place where the types are the same."""
-    if kept is None:
-        return _plus(through, up, low, 1.0)
-    return through.add_(_dropped(torch.mm(up, low), kept, p))
-
-
-def _plus(base: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``base + scale * left @ right`` in the type of ``base``, in place where the types are the same."""
-    if base.dtype == left.dtype:
-        return base.addmm_(left, right, alpha=scale)
-    return torch.addmm(base.to(left.dtype), left, right, alpha=scale).to(base.dtype)
-
-
-def _dropped(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
-    return x if kept is None else x * kept / (1 - p)
 
 
 def _rescaled(z: Tensor, by: Tensor, bias: Tensor | None) -> Tensor:
