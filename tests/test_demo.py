@@ -74,7 +74,7 @@ def test_a_failure_leaves_nothing_and_an_existing_output_is_refused(tmp_path, se
     def fail(*arguments):
         raise RuntimeError("the machine caught fire")
 
-    monkeypatch.setattr(demo, "_merge", fail)
+    monkeypatch.setattr(demo, "_train", fail)
     with pytest.raises(RuntimeError, match="fire"):
         demo.run(tmp_path / "demo", settings=settings, say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
