@@ -340,3 +340,14 @@ def test_an_empty_report_has_a_page_too():
     empty = Report("Nothing", "Nothing was measured.", (Table("Empty", ("a",), ()), Heatmap("H", "", "", (), (), ())))
     assert "Nothing was measured." in empty.to_html()
     assert "## Empty" in empty.to_markdown()
+
+
+def test_what_was_run_is_told_as_it_was() -> None:
+    """A column of numbers is rounded alike; keys and values are no column."""
+    page = Report("t", "s", run={"density": 0.5, "limit": 400, "rate": 5e-4, "none": None}).to_markdown()
+    assert [line for line in page.splitlines() if line.startswith("| ")][2:] == [
+        "| density | 0.5 |",
+        "| limit | 400 |",
+        "| rate | 0.0005 |",
+        "| none | – |",
+    ]

@@ -41,6 +41,6 @@ def markdown(report: Report, figures: Sequence[str] = ()) -> str:
         if panel.command:
             parts.append("Made by:\n\n" + "\n".join(f"    {line}" for line in panel.command.splitlines()))
     if report.run:
-        rows: list[tuple[Cell, ...]] = [*flat(report.run)]
+        rows: list[tuple[Cell, ...]] = [(key, "–" if value is None else str(value)) for key, value in flat(report.run)]
         parts += ["## What was run", _table(("key", "value"), rows)]
     return "\n\n".join(parts) + "\n"

@@ -89,7 +89,8 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     panels += _maps(found, names)
     panels.append(_time(found))
     about = {
-        "sweep": sweep.model_dump(mode="json", exclude={"recipe"}) | {"recipe": sweep.recipe.name},
+        "sweep": sweep.model_dump(mode="json", exclude={"recipe"}, exclude_defaults=True)
+        | {"recipe": sweep.recipe.name},
         "version": __version__,
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
         "seconds of the last call": round(seconds, 1),
