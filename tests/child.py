@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import resource
 import select
@@ -39,6 +40,7 @@ class Child:
 
     @staticmethod
     def _live(work: Callable[[Callable[[str], None]], object], pipe: int, memory: int | None) -> None:
+        gc.freeze()  # what the parent leaves to the collector may wait for threads that are not here
         code = 1
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,15 +26,15 @@ def test_a_table_becomes_a_page(loraloom, world, table):
 
 
 def test_arms_follow_one_another_in_a_folder(loraloom, world):
-    asked = {"recipe": "recipe.yaml", "arms": {"LoRA": {"strategy": None}, "CoTo": {}}, "seeds": [0], "rates": [0.01]}
+    asked = {"recipe": "recipe.yaml", "arms": {"one": {}, "two": {"adapter.rank": 3}}, "seeds": [0], "rates": [0.01]}
     (world / "arms.yaml").write_text(yaml.safe_dump({**asked, "limit": 10}))
-    first = loraloom("sweep", "arms.yaml", "-o", "armed", "--arms", "CoTo")
+    first = loraloom("sweep", "arms.yaml", "-o", "armed", "--arms", "two")
     assert first.returncode == 0 and [line[:5] for line in first.stdout.splitlines()[:2]] == ["[1/2]", "[2/2]"]
     both = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume")
-    assert both.returncode == 0 and "LoRA" in both.stdout and len(list((world / "armed" / "adapters").iterdir())) == 2
-    wrong = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume", "--arms", "LoRA,coto")
+    assert both.returncode == 0 and "one" in both.stdout and len(list((world / "armed" / "adapters").iterdir())) == 2
+    wrong = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume", "--arms", "one,Two")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "there is no arm 'coto'; allowed: LoRA, CoTo" in wrong.stderr
+    assert "there is no arm 'Two'; allowed: one, two" in wrong.stderr
 
 
 @pytest.mark.parametrize(
