@@ -461,3 +461,20 @@ def test_bundled_sweeps_are_valid() -> None:
     for path in found:
         made = sweep.read(path)
         assert parse(run_of(made, next(cells(made)), 0).model_dump(mode="json"))
+
+
+def test_where_a_gap_grows(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    """Outcomes written by hand: CoTo is ahead by .1 at one rate and .3 at the other, and .2 more at rank 3."""
+    asked = {"rates": [0.01, 0.03], "axes": {"adapter.rank": [2, 3]}, "measure": {"rates": "all"}}
+    made = sweep.read(written(tmp_path, recipe_content, **asked))
+    journal = Journal(tmp_path / "out" / "journal")
+    for job in (job for part in phases(made, lambda cell: 0.01) for job in part):
+        ahead = {0.01: 1, 0.03: 3}[job.cell.rate] + 2 * (job.cell.axes == ("3",))
+        right = 5 + ahead * (job.cell.arm == "CoTo")
+        scores = dict.fromkeys(job.splits, "1" * right + "0" * (10 - right))
+        journal.put(job, {"scores": scores, "seconds": 1.0, "broken": False, "took": 1.0})
+    panels = {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}
+    table = panels["Where the gap to LoRA grows"]
+    assert table.columns[3:] == ("everywhere", "rate 0.01", "rate 0.03", "rank 2", "rank 3")
+    assert table.rows == (("alone", "CoTo", "4 of 4", 0.3, 0.2, 0.4, 0.2, 0.4),)
+    assert panels["alone: LoRA"].y == ("2", "3")  # what all places share is left out

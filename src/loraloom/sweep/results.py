@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -84,6 +85,7 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     if len(sweep.arms) > 1:
         panels += [_over_tasks(found, names)] if len(sweep.tasks) > 1 else []
         panels.append(_against(found, names))
+        panels += [panel for panel in (_by_setting(found, names),) if panel is not None]
     panels += [panel for panel in (_barriers(found),) if panel is not None]
     panels += _paths(found)
     panels += _maps(found, names)
@@ -194,6 +196,38 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Table:
     )
 
 
+def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
+    """Where every rate was measured: mean gaps to the first arm, everywhere and at each rate and value of an axis."""
+    sweep = found.sweep
+    reference, *others = sweep.arms
+    every = [cell for cell in cells(sweep) if cell.arm == reference]
+    settings = {f"rate {rate:g}": [cell for cell in every if cell.rate == rate] for rate in sweep.rates}
+    for at, key in enumerate(sweep.axes):
+        for value in dict.fromkeys(cell.axes[at] for cell in every):
+            settings[f"{key.rsplit('.', 1)[-1]} {value}"] = [cell for cell in every if cell.axes[at] == value]
+    settings = {name: there for name, there in settings.items() if len(there) < len(every)}
+    if sweep.measure.rates != "all" or not settings:
+        return None
+    rows = []
+    for name, arm in product(names, others):
+        gaps = {}
+        for cell in every:
+            gap = _gap(found.by.get((replace(cell, arm=arm), name)), found.by.get((cell, name)))
+            if gap is not None and gap[0] is not None:
+                gaps[cell] = gap[0]
+        if gaps:
+            means = [[gaps[cell] for cell in there if cell in gaps] for there in (every, *settings.values())]
+            better = f"{sum(gap > 0 for gap in gaps.values())} of {len(gaps)}"
+            rows.append((name, arm, better, *(round(float(np.mean(one)), 4) if one else None for one in means)))
+    return Table(
+        f"Where the gap to {reference} grows",
+        ("measurement", "arm", "better in", "everywhere", *settings),
+        tuple(rows),
+        note=f"Accuracy minus that of {reference} at the same rate, averaged over all places of the table with that "
+        "setting; all seeds. No intervals: places are not drawn at random.",
+    )
+
+
 def _gap(one: Outcomes | None, other: Outcomes | None) -> tuple[float | None, ...] | None:
     """Mean difference with both intervals, over the seeds that both have."""
     shared = [seed for seed in one or {} if seed in (other or {})]
@@ -265,7 +299,9 @@ def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
     if len(sweep.rates) < 2:
         return
     places = list(dict.fromkeys((cell.axes, cell.task) for cell in found.validation))
-    labels = tuple(", ".join([*axes, task]) for axes, task in places)
+    told = [(*axes, task) for axes, task in places]
+    differ = [at for at, values in enumerate(zip(*told, strict=True)) if len(set(values)) > 1] or [-1]
+    labels = tuple(", ".join(one[at] for at in differ) for one in told)
     first = next(iter(sweep.arms))
 
     def mean(name: str, arm: str, place: Place, rate: float) -> float | None:
