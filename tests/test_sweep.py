@@ -322,9 +322,10 @@ def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dic
         right = 5 + ahead[job.cell.task, job.seed] * (job.cell.arm == "CoTo")
         scores = dict.fromkeys(job.splits, "1" * right + "0" * (10 - right))
         journal.put(job, {"scores": scores, "seconds": 1.0, "broken": False, "took": 1.0})
-    (table,) = [
-        one for one in summarised(made, journal, seconds=1, processes=1).panels if one.title == "Over the tasks"
-    ]
+    panels = {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}
+    table, (bars,) = panels["Over the tasks"], panels["Gap to LoRA over the tasks"].series
+    assert (bars.name, bars.x, bars.y) == ("CoTo", ("alone",), (0.25,))
+    assert (bars.low[0], bars.high[0]) == pytest.approx(spread([0.15, 0.35])[1:], abs=1e-4)
     rows = {row[1]: row[2:] for row in table.rows}
     assert rows["LoRA"] == (0.5, None, None, None, None, None) and rows["CoTo"][:2] == (0.75, 0.25)
     assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in ([0.15, 0.35], [0.2, 0.3]) for end in spread(ends)[1:])
@@ -337,7 +338,8 @@ def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_pa
     by = {(record["measurement"], record["rate"]): record for record in found.records}
     assert by["alone", 1e38]["by_seed"] == {"0": 0.0, "1": 0.0} and by["half way, delta", 1e38]["by_seed"] == {"0": 0.0}
     assert by["alone", 0.01]["chosen"] and not by["alone", 1e38]["chosen"]
-    assert found.panels[-1].rows[0][-1] == 3
+    (times,) = [panel for panel in found.panels if panel.title == "Training time"]
+    assert times.rows[0][-1] == 3
 
 
 def test_a_projection_that_the_model_has_not_is_told_with_the_first_adapter(

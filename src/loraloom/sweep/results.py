@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from loraloom import __version__
-from loraloom.report import Curve, Heatmap, Panel, Report, Series, Table
+from loraloom.report import Bars, Curve, Heatmap, Panel, Report, Series, Table
 from loraloom.sweep.operations import operations
 from loraloom.sweep.plan import Cell, cells
 from loraloom.sweep.table import Sweep
@@ -81,15 +81,15 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     """The report of a sweep whose jobs are all done."""
     found = Found(sweep, journal)
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
-    panels: list[Panel] = [_rates(found), _all(found, names)]
+    optional: list[Panel | None] = []
     if len(sweep.arms) > 1:
-        panels += [_over_tasks(found, names)] if len(sweep.tasks) > 1 else []
-        panels.append(_against(found, names))
-        panels += [panel for panel in (_by_setting(found, names),) if panel is not None]
-    panels += [panel for panel in (_barriers(found),) if panel is not None]
-    panels += _paths(found)
-    panels += _maps(found, names)
+        optional += _over_tasks(found, names) if len(sweep.tasks) > 1 else ()
+        optional.append(_by_setting(found, names))
+    optional.append(_barriers(found))
+    panels = [_rates(found), *(panel for panel in optional if panel is not None), *_paths(found), *_maps(found, names)]
     panels.append(_time(found))
+    panels += [_against(found, names)] if len(sweep.arms) > 1 else []
+    panels.append(_all(found, names))  # the longest ones last
     about = {
         "sweep": sweep.model_dump(mode="json", exclude={"recipe"}, exclude_defaults=True)
         | {"recipe": sweep.recipe.name},
@@ -164,10 +164,11 @@ def _against(found: Found, names: Sequence[str]) -> Table:
     )
 
 
-def _over_tasks(found: Found, names: Sequence[str]) -> Table:
-    """Means over the tasks, and every arm's gap to the first one."""
+def _over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
+    """Means over the tasks, and every arm's gap to the first one, as a table and as bars."""
     sweep, reference = found.sweep, next(iter(found.sweep.arms))
     rows = []
+    bars: dict[tuple[tuple[str, ...], str], list[tuple[str, Any]]] = {}
     for axes, name, arm in product(dict.fromkeys(cell.axes for cell in found.chosen), names, sweep.arms):
         pairs = [[found.by.get((found.at(a, axes, task), name), {}) for a in (arm, reference)] for task in sweep.tasks]
         seeds = [seed for seed in sweep.seeds if all(seed in one for pair in pairs for one in pair)]
@@ -177,6 +178,8 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Table:
             told = (gaps.mean(), *spread(gaps.mean(axis=0))[1:], *spread(gaps.mean(axis=1))[1:])
             where = _where(sweep, Cell(arm, axes, "", 0.0))[:-1]
             rows.append((*where, name, arm, *_rounded(means[:, 0].mean(), *(told if arm != reference else [None] * 5))))
+            if arm != reference and len(seeds) > 1:
+                bars.setdefault((axes, arm), []).append((name, _rounded(*told[:3])))
     columns = (
         "measurement",
         "arm",
@@ -187,13 +190,27 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Table:
         "low, tasks",
         "high, tasks",
     )
-    return Table(
+    yield Table(
         "Over the tasks",
         (*_columns(sweep)[:-1], *columns),
         tuple(rows),
         note=f"Accuracy averaged over the {len(sweep.tasks)} tasks. 95 % intervals, both Student's: over seeds, of the "
         "gap averaged over the tasks; over tasks, of the gap averaged over the seeds (what other tasks would show).",
     )
+    tables = list(dict.fromkeys(axes for axes, _ in bars))
+    for axes in tables:
+        series = []
+        for arm in sweep.arms:
+            if ends := bars.get((axes, arm)):
+                gap, low, high = zip(*(values for _, values in ends), strict=True)
+                series.append(Series(arm, tuple(name for name, _ in ends), gap, low, high))
+        yield Bars(
+            f"Gap to {reference} over the tasks" + (f": {', '.join(axes)}" if len(tables) > 1 else ""),
+            f"accuracy minus {reference}",
+            tuple(dict.fromkeys(str(name) for one in series for name in one.x)),
+            tuple(series),
+            note="Means over the tasks, intervals over the seeds.",
+        )
 
 
 def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
