@@ -438,11 +438,11 @@ def test_a_damaged_journal_names_the_file(done) -> None:
 
 def test_one_pair_has_no_interval_over_seeds(done) -> None:
     """What was measured once is not called better or worse."""
-    table = results(done[1])["panels"]
-    rows = {tuple(row[:3]): row[3:] for row in table[1]["rows"]}
+    panels = {panel["title"]: panel for panel in results(done[1])["panels"]}
+    rows = {tuple(row[:3]): row[3:] for row in panels["Accuracy at the chosen rates"]["rows"]}
     assert rows["digits", "half way, factors", "CoTo"][1:] == [None, None, 1]
     assert rows["digits", "alone", "CoTo"][1] < rows["digits", "alone", "CoTo"][2]
-    gaps = {row[1]: row[3:] for row in table[2]["rows"]}
+    gaps = {row[1]: row[3:] for row in panels["Against LoRA"]["rows"]}
     assert gaps["half way, factors"][1:3] == [None, None] and None not in gaps["half way, factors"][3:]
     assert "Of 6 measurements on several seeds CoTo is" in results(done[1])["summary"]
 

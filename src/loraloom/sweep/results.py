@@ -40,7 +40,7 @@ def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float |
 
 
 def _rounded(*values: float | None) -> tuple[float | None, ...]:
-    return tuple(None if value is None else round(float(value), 4) for value in values)
+    return tuple(None if value is None else round(float(value), 4) + 0.0 for value in values)  # no -0
 
 
 class Found:
