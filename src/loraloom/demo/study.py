@@ -24,7 +24,7 @@ class Settings:
     others: tuple[str, ...] = ("easy-vqa-shape", "easy-vqa-colour")
     points: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
     densities: tuple[float, ...] = (0.5, 0.25, 0.1)
-    limit: int | None = 400
+    limit: int | None = 250
     overrides: tuple[tuple[str, Any], ...] = ()
 
 
