@@ -25,7 +25,7 @@ from loraloom.recipe import bundled_recipe, parse
 from loraloom.run import bench_of, train_on
 from loraloom.sweep.results import spread
 
-STEPS = 400  # the demo takes 300, so that it and its installation end in ten minutes
+STEPS = 400  # what the rates were chosen at; the demo takes 300 to save time
 KEPT = ("every-other", "low", "middle", "high")
 RESULTS = Path(__file__).parent / "results" / "tune_demo.json"
 
