@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import resource
 import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
+
+tqdm.monitor_interval = 0  # or a thread looks after its bars, in a process that is to fork
 
 
 class Child:
@@ -29,10 +32,9 @@ class Child:
     def __init__(self, work: Callable[[Callable[[str], None]], object], *, memory: int | None = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        assert threading.active_count() == 1, f"a fork may wait for a lock of {threading.enumerate()}"
         out, into = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks where threads run
-            self.pid = os.fork()
+        self.pid = os.fork()
         if self.pid == 0:
             self._live(work, into, memory)
         os.close(into)
@@ -40,7 +42,6 @@ class Child:
 
     @staticmethod
     def _live(work: Callable[[Callable[[str], None]], object], pipe: int, memory: int | None) -> None:
-        gc.freeze()  # what the parent leaves to the collector may wait for threads that are not here
         code = 1
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -281,6 +281,14 @@ def test_functions_are_short():
     assert long == {}
 
 
+def test_only_a_process_without_threads_is_forked():
+    """pytest's own has some: what a test starts comes from tests/processes.py."""
+    here = Path(__file__).parent
+    forks = ("os." + "fork(", 'get_context("' + 'fork")')
+    found = [path.name for path in here.rglob("*.py") if any(word in path.read_text() for word in forks)]
+    assert found == ["child.py"]
+
+
 def test_no_module_has_a_vague_name():
     assert [name for name in FILES if name.rsplit(".", 1)[-1].strip("_") in VAGUE] == []
 

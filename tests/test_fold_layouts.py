@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from loraloom.checkpoint import Checkpoint
 from loraloom.folding import fold
 from loraloom.safefile import Writer, sha256
 from loraloom.store import fingerprint, load, save
+from processes import process, status_of
 from test_checkpoint import sharded, single
 from tiny import Convs
 
@@ -391,10 +391,9 @@ def test_killed_between_two_tensors(after, tmp_path):
         "b.safetensors": {"x": torch.ones(2), "y": torch.ones(2)},
     }
     base = sharded(tmp_path / "base", shards)
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(base, tmp_path / "out", after))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    folding = process(_killed, base, tmp_path / "out", after)
+    folding.start()
+    assert status_of(folding) == -signal.SIGKILL
     left = [item for item in tmp_path.iterdir() if item.name != "base"]
     assert not (tmp_path / "out").exists() and len(left) == 1
     with pytest.raises(ValueError, match="unfinished write"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import stat
 import subprocess
 import tarfile
@@ -14,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from loraloom import packages
 from loraloom.packages import Package, cache_root, cached, converted, fetch, listing_digest, unpack
+from processes import clean, process, status_of
 
 FILES = {"demo/a.txt": b"alpha", "demo/b.txt": b"beta", "demo/code.py": b"raise SystemExit"}
 
@@ -284,20 +285,18 @@ def _slow(work: Path) -> None:
         time.sleep(0.05)
 
 
-def _race(queue: multiprocessing.Queue) -> None:
+def _race(queue: Any) -> None:
     folder = cached("raced", _slow)
     queue.put(sorted(path.name for path in folder.iterdir()))
 
 
 def test_several_processes_at_once(cache: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=_race, args=(queue,)) for _ in range(4)]
+    queue = clean.Queue()
+    workers = [process(_race, queue) for _ in range(4)]
     for worker in workers:
         worker.start()
-    assert [queue.get(timeout=30) for _ in workers] == [["0", "1", "2"]] * 4
-    for worker in workers:
-        worker.join()
+    assert [queue.get(timeout=60) for _ in workers] == [["0", "1", "2"]] * 4
+    assert [status_of(worker) for worker in workers] == [0] * 4
     assert [path.name for path in cache.iterdir() if path.is_dir()] == ["raced"]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, UnsupportedKind
 from loraloom.layout import from_state_dict, rank_of, scale_of, to_state_dict
 from loraloom.store import UNFINISHED, WEIGHTS, fingerprint, load, save
+from processes import clean, process, status_of
 
 CONFIG = {
     "peft_type": "LORA",
@@ -581,7 +580,10 @@ def test_the_old_folder_comes_back_if_the_new_cannot_take_its_place(
     assert tree(tmp_path) == before
 
 
-def _saved_slowly(path: str, layers: int, overwrite: bool, seconds: float, answers: Any = None) -> None:
+def _saved_slowly(path: str, layers: int, overwrite: bool, seconds: float, answers: Any, begun: Any = None) -> None:
+    if begun is not None:
+        begun.set()
+
     def read(name: str) -> Factors:
         time.sleep(seconds / layers)
         return Factors(torch.full((512, 2), float(layers)), torch.ones(2, 512))
@@ -598,17 +600,18 @@ def _saved_slowly(path: str, layers: int, overwrite: bool, seconds: float, answe
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_in_the_middle(overwrite: bool, tmp_path: Path) -> None:
     """SIGKILL at several moments of a save: the path is absent or whole, and what is left over is refused."""
-    context = multiprocessing.get_context("fork")
     seen = []
     for moment in range(8):
         path = tmp_path / f"a{moment}"
         if overwrite:
             save(plain_adapter(layers=3), path)
-        process = context.Process(target=_saved_slowly, args=(str(path), 8, overwrite, 0.1))
-        process.start()
+        begun = clean.Event()
+        saving = process(_saved_slowly, str(path), 8, overwrite, 0.1, None, begun)
+        saving.start()
+        assert begun.wait(60)
         time.sleep(0.02 * moment)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        saving.kill()
+        saving.join()
         assert path.exists() or not overwrite
         if path.exists():
             adapter = load(path).loaded()
@@ -626,19 +629,14 @@ def test_killed_in_the_middle(overwrite: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_processes_at_once(overwrite: bool, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
     for attempt in range(3):
         path = tmp_path / f"a{attempt}"
-        answers = context.Queue()
-        writers = [
-            context.Process(target=_saved_slowly, args=(str(path), layers, overwrite, 0.05, answers))
-            for layers in (4, 6)
-        ]
+        answers = clean.Queue()
+        writers = [process(_saved_slowly, str(path), layers, overwrite, 0.05, answers) for layers in (4, 6)]
         for writer in writers:
             writer.start()
-        said = [answers.get(timeout=30) for _ in writers]
-        for writer in writers:
-            writer.join()
+        said = [answers.get(timeout=60) for _ in writers]
+        assert [status_of(writer) for writer in writers] == [0, 0]
         assert said.count("done") >= 1
         if not overwrite:
             assert sum("--overwrite" in answer for answer in said) == 1

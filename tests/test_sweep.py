@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from loraloom.sweep.operations import groups, operations
 from loraloom.sweep.plan import cells, phases, run_key, run_of
 from loraloom.sweep.results import spread, summarised
 from loraloom.sweep.work import Journal, Worker, chooser, claimed
+from processes import clean, process, status_of
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
 TABLE = {
@@ -170,15 +170,13 @@ def test_a_job_that_another_one_has_is_waited_for(done, tmp_path: Path) -> None:
     kept = tmp_path / "journal" / f"{job.key}.json"
     text = kept.read_text()
     kept.unlink()
-    held = multiprocessing.Event()
-    child = multiprocessing.get_context("fork").Process(
-        target=_hold, args=(tmp_path / "claims" / job.key, kept, text, held)
-    )
+    held = clean.Event()
+    child = process(_hold, tmp_path / "claims" / job.key, kept, text, held)
     child.start()
-    held.wait()
+    assert held.wait(60)
     said: list[str] = []
     Worker(made, tmp_path, say=said.append).complete()
-    child.join()
+    assert status_of(child) == 0
     assert said == [] and kept.read_text() == text
 
 
@@ -237,10 +235,9 @@ def test_a_claim_is_one_s_own_and_ends_with_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "claims" / "a"
     with claimed(path) as first, claimed(path) as second:
         assert (first, second) == (True, False)
-    child = multiprocessing.get_context("fork").Process(target=_die_with, args=(path,))
+    child = process(_die_with, path)
     child.start()
-    child.join()
-    assert child.exitcode == -9
+    assert status_of(child) == -9
     with claimed(path) as mine:
         assert mine
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import traceback
 from pathlib import Path
 
 import pytest
@@ -13,36 +10,18 @@ from typer.testing import CliRunner
 
 from loraloom.cli import app
 from loraloom.integrations.scoring import Bench
+from processes import ranks, status_of
 
 WORDS = ["probe", "shapley", "a", "--task", "digits"]
 
 
 def together(folder: Path, *words: str, size: int = 2) -> list[dict]:
-    """What each of several processes that know of each other printed and did; forked, as imports are slow."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            try:
-                (folder / f"rank{rank}.json").write_text(json.dumps(_alone(rank, size, port, words)))
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    """What each of several processes that know of each other printed and did."""
+    assert [status_of(one) for one in ranks(_one, size, folder, words)] == [0] * size
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
 
 
-def _alone(rank: int, size: int, port: int, words: tuple[str, ...]) -> dict:
-    from accelerate import PartialState
-
-    PartialState._reset_state()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+def _one(rank: int, folder: Path, words: tuple[str, ...]) -> None:
     count, plain = [0], Bench.outcomes
 
     def outcomes(self: Bench, *arguments: object) -> object:
@@ -50,14 +29,9 @@ def _alone(rank: int, size: int, port: int, words: tuple[str, ...]) -> dict:
         return plain(self, *arguments)
 
     Bench.outcomes = outcomes
-    environment = {
-        "COLUMNS": "160",
-        "NO_COLOR": "1",
-        "OMP_NUM_THREADS": "1",
-        **{key: str(value) for key, value in told.items()},
-    }
-    done = CliRunner(env=environment).invoke(app, list(words), prog_name="loraloom")
-    return {"code": done.exit_code, "out": done.stdout, "err": done.stderr, "evaluations": count[0]}
+    done = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, list(words), prog_name="loraloom")
+    told = {"code": done.exit_code, "out": done.stdout, "err": done.stderr, "evaluations": count[0]}
+    (folder / f"rank{rank}.json").write_text(json.dumps(told))
 
 
 @pytest.mark.parametrize(("limit", "evaluations"), [(24, 8), (8, 1)])  # one by one; eight variants in a pass

@@ -94,7 +94,7 @@ class Place:
     """A folder with an old output of an operation, and what it is to become."""
 
     def __init__(self, name: str, folder: Path, given: Path) -> None:
-        self._operation, self._inputs = OPERATIONS[name], given
+        self.name, self.given, self._operation = name, given, OPERATIONS[name]
         self._operation.old(folder / "old" / "out.md")
         self._operation.old(folder / "new" / "out.md")
         self._operation.run(given, folder / "new" / "out.md")
@@ -111,7 +111,7 @@ class Place:
 
     def run(self) -> None:
         """Write the new output."""
-        self._operation.run(self._inputs, self.out)
+        self._operation.run(self.given, self.out)
 
     def state(self) -> str:
         """Which output is there: old, new, or torn."""

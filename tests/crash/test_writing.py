@@ -20,6 +20,7 @@ from child import quick_folder, status_of
 from crash.operations import OPERATIONS, Place, content, inputs
 from crash.points import at_call, at_every_line, at_line, die, interrupt
 from loraloom.cli.shell import line_of
+from processes import answer_of
 
 ALL = bool(os.environ.get("LORALOOM_ALL_MOMENTS"))
 
@@ -60,14 +61,22 @@ def states(place: Place) -> list[tuple[int, dict[str, bytes | None]]]:
     return seen
 
 
-def test_killed_at_any_line(place: Place) -> None:
+def killed_at_every_line(name: str, given: Path) -> list[str]:
+    """What is there after a kill at each line before which something else lies there."""
     seen = []
-    for nth, _ in states(place):
-        place.reset()
-        assert status_of(partial(at_line, nth, die, place.run)) == -signal.SIGKILL
-        seen.append(place.state())
-        place.run()  # what is left over is in nobody's way, and goes
-        assert (place.state(), place.debris()) == ("new", [])
+    with quick_folder() as folder:
+        place = Place(name, folder, given)
+        for nth, _ in states(place):
+            place.reset()
+            assert status_of(partial(at_line, nth, die, place.run)) == -signal.SIGKILL
+            seen.append(place.state())
+            place.run()  # what is left over is in nobody's way, and goes
+            assert (place.state(), place.debris()) == ("new", [])
+    return seen
+
+
+def test_killed_at_any_line(place: Place) -> None:
+    seen = answer_of(killed_at_every_line, place.name, place.given)
     assert set(seen) == {"old", "new"} and seen == sorted(seen, reverse=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,23 +18,41 @@ from fuzz.readers import READERS
 from loraloom import recipe
 from loraloom.layout import check_config
 from loraloom.untrusted import DEPTH, expression, parse_json, parse_yaml
+from processes import answer_of
 
 CASES = [(name, seed) for name, reader in READERS.items() for seed in range(reader.fixed)]
 
 
 def test_what_is_damaged_is_refused_in_one_line() -> None:
-    faults: list[str] = []
-    found = run_cases(CASES, faults.append)
+    found, faults = answer_of(run_in_children, CASES)
     assert faults == []
     assert found["refused"] > found["read"] > len(READERS)  # damage that nobody can see is not all there is
 
 
-def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that lets another error through, ends its process, or takes all memory."""
+def run_in_children(
+    cases: list[tuple[str, int]], bad: Callable[[Path], object] | None = None
+) -> tuple[Counter, list[str]]:
+    if bad is not None:
+        READERS["seal"] = READERS["seal"].__class__(READERS["seal"].make, bad)
     faults: list[str] = []
-    for bad in (lambda folder: {}["key"], lambda folder: sys.exit(3), lambda folder: bytes(1 << 40)):
-        monkeypatch.setitem(READERS, "seal", READERS["seal"].__class__(READERS["seal"].make, bad))
-        run_cases([("seal", 0)], faults.append)
+    return run_cases(cases, faults.append), faults
+
+
+def unforeseen(folder: Path) -> object:
+    return {}["key"]
+
+
+def ending(folder: Path) -> object:
+    return sys.exit(3)
+
+
+def greedy(folder: Path) -> object:
+    return bytes(1 << 40)
+
+
+def test_a_fault_is_seen() -> None:
+    """A reader that lets another error through, ends its process, or takes all memory."""
+    faults = [answer_of(run_in_children, [("seal", 0)], bad)[1][0] for bad in (unforeseen, ending, greedy)]
     assert ["KeyError" in faults[0], "SystemExit" in faults[1], "MemoryError" in faults[2]] == [True] * 3
     assert run_case.__doc__
 

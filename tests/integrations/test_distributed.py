@@ -5,11 +5,9 @@ Accelerate has no FSDP for processors; here it is told that they are accelerator
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,41 +31,17 @@ from loraloom.recipe import CalibrateRecipe
 from loraloom.strategies.modality import MokA
 from loraloom.strategies.progressive import CoTo
 from loraloom.strategies.sparse import LoRI, calibrate
+from processes import ranks, status_of
 from tiny_multimodal import IMAGE, image_batch, lively, tiny_llava
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
 STEPS = 6
 PLAN = CoTo(None, seed=1)
-# A server that has the libraries loaded forks a process for each rank: no wait for imports.
-children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["loraloom.integrations.fit", "peft", "tiny_runs"])
 
 
-def begun(job: Callable[..., Any], world: int, *args: Any) -> list[multiprocessing.Process]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [children.Process(target=rank_of, args=(rank, world, port, job, args)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    return ranks
-
-
-def run(job: Callable[..., Any], world: int, *args: Any) -> list[int | None]:
-    """A job in so many processes, each of which has the environment that a launcher gives it; their exit codes."""
-    ranks = begun(job, world, *args)
-    for process in ranks:
-        process.join(300)
-    return [process.exitcode for process in ranks]
-
-
-def rank_of(rank: int, world: int, port: str, job: Callable[..., Any], args: tuple) -> None:
-    torch.set_num_threads(1)
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        told |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ.update(told)
-    job(rank, *args)
+def run(job: Callable[..., Any], world: int, *args: Any) -> list[int]:
+    """A job in so many processes; their exit codes."""
+    return [status_of(one) for one in ranks(job, world, *args)]
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,14 +23,11 @@ from loraloom.integrations import checkpoints
 from loraloom.integrations.checkpoints import SEAL, SafeCheckpoints, is_whole, last_complete, remove_torn, seal
 from loraloom.integrations.fit import Fit, FitOptions, fit
 from loraloom.strategies.progressive import CoTo
+from processes import process, status_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 STEPS, EVERY = 25, 3
-
-# A server that has the libraries loaded forks a clean process for each run: no threads, and no wait for imports.
-children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["loraloom.integrations.fit", "peft", "tiny_runs"])
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -113,17 +109,17 @@ def killed(folder: Path, setting: str, place: str, nth: int = 1, after: float | 
         return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
 
     begun = newest()
-    process = children.Process(target=child, args=(folder, setting, place, nth))
-    process.start()
+    run_of_its_own = process(child, folder, setting, place, nth)
+    run_of_its_own.start()
     if after is not None:
         started = time.monotonic()
-        while process.is_alive() and newest() <= begun and time.monotonic() - started < 60:
+        while run_of_its_own.is_alive() and newest() <= begun and time.monotonic() - started < 60:
             time.sleep(0.002)
-        process.join(after)
-        process.kill()
-    process.join(120)
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode == -signal.SIGKILL
+        run_of_its_own.join(after)
+        run_of_its_own.kill()
+    status = status_of(run_of_its_own)
+    assert status in (0, -signal.SIGKILL)
+    return status == -signal.SIGKILL
 
 
 def assert_same(setting: str, folder: Path, unbroken: dict[str, tuple[Fit, dict[str, Tensor]]]) -> Fit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from loraloom.probing import shapley_report, stability_report
 from loraloom.probing.asking import asked, kept
 from loraloom.probing.journal import Journal
 from loraloom.tasks import Example, Task
+from processes import process, status_of
 
 REQUEST = {"probe": "shapley", "samples": 200}
 
@@ -55,6 +55,15 @@ class Tower(nn.Module):
 
 @pytest.fixture(scope="module")
 def made() -> Bench:
+    return noise()
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    return drawn()
+
+
+def noise() -> Bench:
     torch.manual_seed(0)
     draw = np.random.default_rng(0)
     rows = [Example(draw.integers(0, 256, (8, 8, 3), np.uint8), ("a", "b"), at % 2) for at in range(30)]
@@ -63,8 +72,7 @@ def made() -> Bench:
     return bench(Tower().eval(), task, family="vision", processor=stats, image_size=8)
 
 
-@pytest.fixture(scope="module")
-def adapter() -> Adapter:
+def drawn() -> Adapter:
     draw = torch.Generator().manual_seed(1)
     pairs = {
         f"layers.{at}.fc": Factors(torch.randn(8, 2, generator=draw), torch.randn(2, 8, generator=draw))
@@ -136,23 +144,28 @@ def test_variants_that_shared_a_pass_share_it_again_where_not_all_was_kept(made,
         assert count == [passes] and not part.exists()
 
 
+def probed_for_ever(out: Path) -> None:
+    """A probe whose seventh evaluation never ends."""
+    plain, count = Bench.outcomes, [0]
+
+    def slow(self: Bench, *arguments: Any) -> Any:
+        count[0] += 1
+        return plain(self, *arguments) if count[0] < 7 else time.sleep(600)
+
+    Bench.outcomes = slow
+    report(noise(), drawn(), out)
+
+
 def test_a_killed_probe_loses_at_most_the_evaluation_that_it_was_in(made, adapter, tmp_path, monkeypatch):
     made.ready()
     out = tmp_path / "s.json"
     part = out.with_name("s.json.part")
-    child = os.fork()
-    if child == 0:  # the seventh evaluation never ends
-        try:
-            count = counted(monkeypatch)
-            plain = Bench.outcomes
-            Bench.outcomes = lambda self, *a: plain(self, *a) if count[0] < 6 else time.sleep(60)
-            report(made, adapter, out)
-        finally:
-            os._exit(1)
-    while os.waitpid(child, os.WNOHANG) == (0, 0) and not (part.is_file() and part.read_text().count('"score"') == 6):
+    child = process(probed_for_ever, out)
+    child.start()
+    while child.is_alive() and not (part.is_file() and part.read_text().count('"score"') == 6):
         time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    child.kill()
+    assert status_of(child) == -signal.SIGKILL
     count = counted(monkeypatch)
     assert report(made, adapter, out) == shapley_report({"a": adapter}, made).to_json()
     assert count == [10 + 16]
