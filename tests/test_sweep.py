@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -157,6 +158,26 @@ def test_processes_share_a_folder(table: Path, done, recipe_content: dict, tmp_p
     assert len(list(two.iterdir())) == 3  # the frozen model and two seeds
     for path in two.iterdir():
         assert scores(path) == scores(one / path.name)
+
+
+def test_other_processes_end_with_one_that_is_killed(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    long = {**recipe_content, "train": {**recipe_content["train"], "steps": 100_000}}
+    first = process(_sweep_of_two, written(tmp_path, long), tmp_path / "out")
+    first.start()
+    others: list[psutil.Process] = []
+    while not others and first.is_alive():
+        time.sleep(0.02)
+        others = [one for one in psutil.Process(first.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    first.kill()
+    assert status_of(first) == -signal.SIGKILL
+    left = psutil.wait_procs(others, timeout=60)[1]
+    for one in left:
+        one.kill()
+    assert len(others) == 1 and not left
+
+
+def _sweep_of_two(table: Path, out: Path) -> None:
+    sweep.run(sweep.read(table), out, jobs=2, say=lambda line: None)
 
 
 def scores(path: Path) -> dict:

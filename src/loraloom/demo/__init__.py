@@ -23,6 +23,7 @@ import torch
 from loraloom import report
 from loraloom.demo.page import page_of
 from loraloom.demo.study import STRUCTURED, Say, Settings, Study
+from loraloom.integrations.processes import end_with_parent
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
@@ -125,6 +126,7 @@ def _train(study: Study, benches: Mapping[str, Any], work: Path) -> None:
 
 def _alone(threads: int) -> None:
     """A process that trains: Ctrl-C is for the one that started it."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 

@@ -1,10 +1,13 @@
-"""Several processes of one run (``accelerate launch``): what one of them does for all, and which one speaks."""
+"""Several processes of one run (``accelerate launch``): what one does for all, which one speaks, and the end."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from torch import Tensor, nn, no_grad
@@ -38,6 +41,18 @@ def is_first() -> bool:
 def in_parts() -> bool:
     """Whether the launcher asks for models in parts (FSDP, DeepSpeed): after a training the base is not whole again."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def end_with_parent() -> None:
+    """From now on this process, a child of multiprocessing, ends with the one that started it, be that killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True, name="loraloom-parent").start()
+
+
+def _follow(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(2)
 
 
 def first(work: Callable[[], T]) -> T:

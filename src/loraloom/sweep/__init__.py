@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from loraloom import report
+from loraloom.integrations.processes import end_with_parent
 from loraloom.sweep.plan import read
 from loraloom.sweep.results import summarised
 from loraloom.sweep.table import Sweep
@@ -91,6 +92,7 @@ def _settled(sweep: Sweep, out: Path, jobs: int, processes: int, place: int, say
 
 def _join(sweep: Sweep, out: Path, jobs: int, processes: int, place: int) -> None:
     """What a further process does; an error is met, and told, by the first one too, which takes the job over."""
+    end_with_parent()
     try:
         _settled(sweep, out, jobs, processes, place, None).complete()
     except (ValueError, OSError, KeyboardInterrupt):
