@@ -30,6 +30,7 @@ LEVELS = {
     "loraloom.safefile": 0,
     "loraloom.stream": 0,
     "loraloom.fused": 0,
+    "loraloom.intervals": 0,
     "loraloom.experts": 1,
     "loraloom.modalities": 1,
     "loraloom.layout": 1,

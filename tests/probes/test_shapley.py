@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 import loraloom as ll
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.probes import probes
-from loraloom.probes.attribution import averaged, banzhaf, banzhaf_weight, exact, multilinear, permutations, stratified
+from loraloom.probes.attribution import (
+    averaged,
+    banzhaf,
+    banzhaf_weight,
+    exact,
+    multilinear,
+    permutations,
+    shapley_weight,
+    stratified,
+)
 from loraloom.probes.game import Game, uniforms
 from loraloom.probes.shapley import Shapley
 from loraloom.probing import scores_in, shapley_report, shapley_report_of
@@ -141,6 +150,26 @@ def test_blocks_are_without_bias_and_their_errors_honest(draw):
     scores = (values - truth) / errors
     assert np.abs(scores.mean(axis=0)).max() < 4 / math.sqrt(len(runs)) * 1.2
     assert scores.std(axis=0) == pytest.approx(1, abs=0.25)
+
+
+def smooth_game(on):
+    """13 players that help and hinder each other, with scores between -1 and 1."""
+    return math.tanh(sum(math.sin(3 * i + 1) for i in on) + sum(math.cos(i * j) / 4 for i in on for j in on if i < j))
+
+
+@pytest.mark.parametrize(("samples", "blocks", "least"), [(8, 2, 0.85), (32, 4, 0.92), (200, 25, 0.93)])
+def test_intervals_cover_the_truth_as_often_as_they_say_with_few_blocks_too(samples, blocks, least):
+    """Normal quantiles cover 67 %, 84 % and 94 % of the values; of 2 blocks both may be the same by chance."""
+    truth = exact(Game(list(map(str, range(13))), smooth_game), shapley_weight)
+    covered, off = [], 0
+    for seed in range(30):
+        found = ll.shapley(layers(13), Asked(smooth_game), samples=samples, by="multilinear", seed=seed)
+        drawn = shapley_report_of(found, "a", "t").panels[0].series[0]
+        covered += [low <= true <= high for low, true, high in zip(drawn.low, truth, drawn.high, strict=True)]
+        off += not found.adds_up
+        assert found.blocks == blocks
+    assert np.mean(covered) >= least
+    assert off == 0  # 4 standard errors of 2 blocks would be missed by chance in 15 % of the runs
 
 
 def test_p_is_uniform_in_each_part_and_coalitions_are_in_antithetic_pairs():
@@ -393,9 +422,9 @@ def test_a_score_that_is_not_finite_is_named():
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def found_of(values, unit="layer", units=None, stderr=0.0, slack=1e-9, base=0.0, by="exact"):
+def found_of(values, unit="layer", units=None, stderr=0.0, slack=1e-9, base=0.0, by="exact", samples=0):
     units = units or tuple(f"layers.{i}" for i in range(len(values)))
-    return Shapley(units, tuple(values), (stderr,) * len(values), by, unit, 0, 4, 1, base + 1.0, base, slack)
+    return Shapley(units, tuple(values), (stderr,) * len(values), by, unit, samples, 4, 1, base + 1.0, base, slack)
 
 
 def test_values_go_to_prune_and_compress():
@@ -436,8 +465,10 @@ def test_the_report_is_a_map_where_units_allow_it():
         found_of([0.5, 0.5]),
     ):
         assert isinstance(shapley_report_of(held, "a", "digits").panels[0], Bars)
-    bars = shapley_report_of(found_of([0.6, 0.4], stderr=0.1, by="multilinear"), "a", "digits").panels[0]
-    assert bars.series[0].low == pytest.approx((0.404, 0.204)) and bars.series[0].high == pytest.approx((0.796, 0.596))
+    bars = shapley_report_of(found_of([0.6, 0.4], stderr=0.1, by="multilinear", samples=16), "a", "digits").panels[0]
+    low, high = bars.series[0].low, bars.series[0].high  # 12.706 standard errors of two blocks
+    assert low == pytest.approx((-0.6706, -0.8706), abs=1e-4) and high == pytest.approx((1.8706, 1.6706), abs=1e-4)
+    assert "95 % intervals over the 2 blocks of draws (Student's t)" in bars.note
     assert shapley_report_of(found_of([0.5, 0.5], slack=None, by="banzhaf"), "a", "t").title == "Attribution"
 
 

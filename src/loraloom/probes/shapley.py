@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from loraloom.adapter import Adapter
+from loraloom.intervals import half_width
 from loraloom.ops.merge import merge as merge_adapters
 from loraloom.probes import probes
 from loraloom.probes.attribution import (
@@ -40,6 +41,8 @@ from loraloom.registry import UnknownName
 
 BY = ("auto", "multilinear", "permutations", "exact", "banzhaf", "leave-one-out")
 Merge = Callable[[list[Adapter]], Adapter]
+_BLOCK = {"multilinear": 2 * STRATA, "permutations": 2, "banzhaf": 2}  # draws that depend on each other
+_BEYOND = 0.99994  # how often a sum without bias is within its slack: 4 standard errors of many blocks
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Shapley:
         saved: calls that were not needed as the coalition had been scored.
         whole: score with all units on.
         base: score with all units off.
-        slack: by how much the values may miss ``whole - base`` in sum: 4 standard errors of their sum, what truncation
-            leaves and rounding. None of Banzhaf and leave-one-out, whose values need not add up.
+        slack: by how much the values may miss ``whole - base`` in sum: by chance (4 standard errors of many blocks,
+            more of few), what truncation leaves and rounding. None of Banzhaf and leave-one-out, whose values need not
+            add up.
         passes: blocks of the model to run for that, each once over all examples, where the score tells
             (``ll.score``); None where it does not. It is the plan of one process that starts with nothing known.
         passes_saved: how many more it were if each evaluation ran all blocks; None likewise.
@@ -77,6 +81,16 @@ class Shapley:
     slack: float | None
     passes: int | None = None
     passes_saved: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Independent blocks of draws that the values are means of; 0 where nothing was drawn."""
+        return self.samples // _BLOCK.get(self.by, 1)
+
+    @property
+    def half_widths(self) -> tuple[float, ...]:
+        """How far the 95 % intervals of the values reach to either side, by Student's t over the blocks."""
+        return tuple(half_width(error, self.blocks) if error else 0.0 for error in self.stderr)
 
     @property
     def gap(self) -> float:
@@ -136,8 +150,8 @@ def shapley(
     - ``banzhaf``: what i adds when all others are on by a fair coin (exact as for ``auto``). ``leave-one-out``: what is
       lost without i. Neither adds up to the gain.
 
-    Standard errors are those of the mean of the blocks. Draws depend on (seed, block) alone: more samples go on where
-    fewer stopped.
+    Standard errors are those of the mean of the blocks; few blocks make wide intervals. Draws depend on (seed, block)
+    alone: more samples go on where fewer stopped.
 
     Args:
         a: an adapter; with ``unit="adapter"`` several, in a list or by name.
@@ -174,7 +188,7 @@ def shapley(
         )
     affordable = n <= MOST and 2**n <= samples * n
     before, ends = work_of(score), (game.everyone, frozenset[int]())
-    drawn, size = 0, 2 * STRATA
+    drawn = 0
     if by == "leave-one-out":
         found = Estimated(tuple(left_out(game)), (0.0,) * n, 0.0, 0)
     elif by == "exact" or (affordable and by in ("auto", "banzhaf")):
@@ -188,13 +202,14 @@ def shapley(
             known = [] if truncate else [on for block in blocks for on in needed(by, n, seed, block)]
             game.ask([*ends, *known])
 
-        size = size if by == "multilinear" else 2
+        size = _BLOCK[by]
         found = averaged(_DRAWS[by](game, seed, truncate), -(-samples // size), error, ask)
         drawn = size * found.blocks
     everyone, nobody = (game.value(on) for on in ends)
     rounding = 1e-9 * max(1.0, abs(everyone), abs(nobody))
     adds = not by.startswith("banzhaf") and by != "leave-one-out"
-    slack = 4 * found.sum_stderr + truncate + rounding if adds else None
+    chance = half_width(found.sum_stderr, found.blocks, _BEYOND) if drawn else 0.0
+    slack = chance + truncate + rounding if adds else None
     told: dict[str, Any] = work_of(score).since(before)
     facts: tuple[Any, ...] = (by, unit, drawn, game.evaluations, game.saved, everyone, nobody, slack)
     return Shapley(game.players, found.values, found.stderr, *facts, **told)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraloom.adapter import Adapter
+from loraloom.intervals import interval
 from loraloom.ops.prune import prune
 from loraloom.probes import probes
 from loraloom.probes.game import Score, check_whole, finite, game_of_units, many, uniforms, units_of, work_of
@@ -121,7 +122,7 @@ def stability(
         values = many(score, [one for _, one in parts])
         found = {p: finite(x, f"with {p:.4g} of the entries pruned") for (p, _), x in zip(parts, values, strict=True)}
         unstructured = tuple(found.get(p, everyone) for p in chances)
-    ends = [_interval(row) for row in scores]
+    ends = [interval(row) for row in scores]
     return Stability(
         at=chances,
         mean=tuple(math.fsum(row) / draws for row in scores),
@@ -155,14 +156,3 @@ def _by_norm(adapter: Adapter, unit: str) -> list[int]:
     units = units_of(adapter, unit)
     norms = [math.hypot(*(adapter.modules[name].norm() for name in names)) for names in units.values()]
     return sorted(range(len(norms)), key=lambda i: -norms[i])
-
-
-def _interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; a point where all are equal."""
-    from scipy.special import stdtrit
-
-    n = len(scores)
-    mean = math.fsum(scores) / n
-    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (n - 1))
-    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
-    return mean - half, mean + half

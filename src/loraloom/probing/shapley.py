@@ -99,11 +99,14 @@ def _map(found: Shapley, title: str) -> Heatmap | None:
 
 
 def _bars(found: Shapley, title: str, name: str) -> Bars:
-    pairs = list(zip(found.values, found.stderr, strict=True))
-    low, high = (tuple(value + z * error for value, error in pairs) for z in (-1.96, 1.96))
-    ends = {"low": low, "high": high} if any(found.stderr) else {}
+    pairs = list(zip(found.values, found.half_widths, strict=True))
+    ends: dict[str, Any] = {}
+    note = _error(found)
+    if any(found.stderr):
+        ends = {"low": tuple(value - half for value, half in pairs), "high": tuple(sum(pair) for pair in pairs)}
+        note += f" Bars have 95 % intervals over the {found.blocks} blocks of draws (Student's t)."
     series = Series(name, found.units, found.values, **ends)
-    return Bars(f"{title} by {found.unit}", "value", found.units, (series,), _error(found))
+    return Bars(f"{title} by {found.unit}", "value", found.units, (series,), note)
 
 
 def _error(found: Shapley) -> str:
