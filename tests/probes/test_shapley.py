@@ -441,10 +441,31 @@ def test_the_top_third_and_the_gap():
     found = found_of([0.5, 0.1, 0.2, 0.1, 0.1, 0.0])
     assert found.top_third == pytest.approx(0.7) and found.gap == pytest.approx(0) and found.adds_up
     assert found_of([0.5, 0.1]).top_third == pytest.approx(5 / 6)
-    assert found_of([-0.5, 0.1]).top_third is None
+    assert found_of([0.5, 0.25, 0.25, 0.0, -0.75, -0.05]).top_third == pytest.approx(0.75)
+    assert found_of([-0.5, 0.0]).top_third is None
     off = found_of([0.5, 0.1])
     assert off.gap == pytest.approx(-0.4) and off.adds_up is False
     assert "They do not add up: the gap of -0.4" in shapley_report_of(off, "a", "digits").summary
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.5, 0.1], "; the highest 1 have 83 % of the sum. "),
+        (
+            [0.75, 0.25, -0.8],
+            "; the highest 1 have 75 % of the sum of the values above 0; 1 of 3 values are below 0, -0.8",
+        ),
+        ([0.1, -0.5], "; the highest 1 have 100 % of the sum of the values above 0; 1 of 2 values are below 0, -0.5"),
+        ([-0.5, -0.1], " on t; 2 of 2 values are below 0, -0.6 in sum"),
+        ([0.0, 0.0], " on t. They do not add up"),
+    ],
+)
+def test_shares_are_of_what_is_above_0(values, said):
+    report = shapley_report_of(found_of(values), "a", "t")
+    assert said in report.summary
+    share = dict(row[:2] for row in report.panels[1].rows)["top third"]
+    assert share is None or 0 < share <= 1
 
 
 def test_the_report_is_a_map_where_units_allow_it():

@@ -104,13 +104,13 @@ class Shapley:
 
     @property
     def top_third(self) -> float | None:
-        """Share of the sum that the third of the units with the highest values has; None where the sum is not above 0.
+        """Share of the sum of the values above 0 that the third of the units with the highest has; None where none is.
 
         Of n units that is ``round(n / 3)``, at least one.
         """
-        total = math.fsum(self.values)
-        top = sorted(self.values, reverse=True)[: max(1, round(len(self.values) / 3))]
-        return math.fsum(top) / total if total > 0 else None
+        above = sorted(self.worth.values(), reverse=True)
+        total = math.fsum(above)
+        return math.fsum(above[: max(1, round(len(above) / 3))]) / total if total > 0 else None
 
     @property
     def worth(self) -> dict[str, float]:

@@ -62,17 +62,20 @@ def shapley_report_of(found: Shapley, name: str, task: str, why: str = "") -> Re
     """
     gain = found.whole - found.base
     third = max(1, round(len(found.units) / 3))
-    share = found.top_third
+    share, lost = found.top_third, [value for value in found.values if value < 0]
+    what = "sum of the values above 0" if lost else "sum"
     rows: list[tuple[str, Any, str]] = [
         ("gain", gain, f"score {found.whole:.4g} with all on, {found.base:.4g} with none"),
-        ("top third", share, f"share of the sum that the {third} highest of {len(found.units)} have"),
+        ("top third", share, f"share of the {what} that the {third} highest of {len(found.units)} have"),
         ("gap", found.gap, "sum of the values less the gain"),
         ("evaluations", found.evaluations, f"{found.saved} more were known; {found.samples} draws"),
         *passes_row(found.passes, found.passes_saved, why),
     ]
     told = f"{found.by} values of {len(found.units)} units ({found.unit}) for a gain of {gain:+.3f} on {task}"
     if share is not None:
-        told += f"; the highest {third} have {100 * share:.0f} % of the sum"
+        told += f"; the highest {third} have {100 * share:.0f} % of the {what}"
+    if lost:
+        told += f"; {len(lost)} of {len(found.values)} values are below 0, {math.fsum(lost):.3g} in sum"
     if found.adds_up is False:
         told += f". They do not add up: the gap of {found.gap:+.3g} is beyond chance ({found.slack:.3g})"
     title = "Shapley values" if found.slack is not None else "Attribution"
