@@ -191,5 +191,18 @@ def test_the_report_shows_the_interval_and_the_share_of_the_gain():
     assert report.records[0]["scores"] == [[0.85, 0.95], [0.5, 0.7]]
 
 
+def test_what_stays_on_in_no_unit_is_not_called_the_base():
+    a = adapter()
+    some, every = (ll.stability(a, Share(a), at=[0.5], unit=unit) for unit in (r"layers\.[0-2]\.", r"layers\.\d\."))
+    assert (some.rest, some.base, every.rest, every.base) == (6, 0.5, 0, 0.0)
+    report = stability_report_of(some, "mine", "digits")
+    told = {row[0]: row[2] for row in report.panels[1].rows}
+    assert told["all off"] == "the adapter without these units; 6 modules are in none and stay on"
+    assert told["kept at 0.5"] == "share of what these units add"
+    assert report.summary.endswith("(all on: 1.000, none of these units: 0.500).")
+    told = {row[0]: row[2] for row in stability_report_of(every, "mine", "digits").panels[1].rows}
+    assert (told["all off"], told["kept at 0.5"]) == ("the base", "share of the gain")
+
+
 def test_it_is_registered_with_its_paper():
     assert probes["stability"].function is ll.stability and probes["stability"].paper.startswith("https://")

@@ -36,6 +36,7 @@ class Stability:
         passes: blocks of the model to run for sets of units, as in :class:`loraloom.probes.shapley.Shapley`; what
             single entries were pruned from is not counted, and shares nothing.
         passes_saved: likewise.
+        rest: how many modules are in no unit, and stay on.
     """
 
     at: tuple[float, ...]
@@ -53,6 +54,7 @@ class Stability:
     saved: int
     passes: int | None = None
     passes_saved: int | None = None
+    rest: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, tuples as lists."""
@@ -74,8 +76,9 @@ def stability(
     """Score with every unit off with probability p, over a grid of p (CoTo, arXiv 2506.05713: layer-wise stability).
 
     Unit i is off in draw j where u_ij < p. The u depend on (seed, j) alone: with more draws the first ones stay, and in
-    one draw what is off at some p is off at every higher one. Units that are all off are the base, ``score(None)``;
-    whole tensors beside the factors go with the last unit. No set of units is scored twice.
+    one draw what is off at some p is off at every higher one. Units that are all off are the base, ``score(None)``,
+    where no module is in none of them; whole tensors beside the factors go with the last module. No set of units is
+    scored twice.
 
     Args:
         a: the adapter.
@@ -137,6 +140,7 @@ def stability(
         unstructured=unstructured,
         evaluations=game.evaluations + sum(p > 0 for p in chances if pruning),
         saved=game.saved,
+        rest=len(a.modules) - sum(map(len, units_of(a, unit).values())),
         **passes,
     )
 

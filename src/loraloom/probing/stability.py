@@ -58,10 +58,14 @@ def stability_report_of(found: Stability, name: str, task: str, why: str = "") -
     x_label = "share off" if pruned else "chance of a unit to be off"
     curve = Curve(f"Score with units off: {found.unit}", x_label, task, (drawn, *pruned), note)
     gain = found.whole - found.base
+    off, share, none = "the base", "share of the gain", "none"
+    if found.rest:
+        off = f"the adapter without these units; {found.rest} modules are in none and stay on"
+        share, none = "share of what these units add", "none of these units"
     rows: list[tuple[str, Any, str]] = [
         ("all on", found.whole, "the adapter as it is"),
-        ("all off", found.base, "the base"),
-        *((f"kept at {p:g}", (y - found.base) / gain, "share of the gain") for p, y in _steps(found) if gain > 0),
+        ("all off", found.base, off),
+        *((f"kept at {p:g}", (y - found.base) / gain, share) for p, y in _steps(found) if gain > 0),
         ("evaluations", found.evaluations, f"{found.saved} more were known"),
         *passes_row(found.passes, found.passes_saved, why),
     ]
@@ -69,7 +73,7 @@ def stability_report_of(found: Stability, name: str, task: str, why: str = "") -
     return Report(
         "Stability",
         f"With each {found.unit} off by a chance of {p:g} the adapter scores {y:.3f} on {task} (all on:"
-        f" {found.whole:.3f}, none: {found.base:.3f}).",
+        f" {found.whole:.3f}, {none}: {found.base:.3f}).",
         (curve, Table("Summary", ("figure", "value", "meaning"), tuple(rows))),
         run={"task": task, "adapter": name},
         records=(found.to_json(),),
