@@ -72,6 +72,7 @@ ALLOWED = {
     ("loraloom.experts", "loraloom.modalities"): "the other kind of modules that PEFT stores as one",
     ("loraloom.layout", "loraloom.modalities"): "the same",
     ("loraloom.ops", "loraloom.modalities"): "the plan of a merged MokA adapter",
+    ("loraloom.ops", "loraloom.experts"): "which parameters the adapters of a merge adapt",
     ("loraloom.layout", "loraloom.experts"): "how PEFT packs the experts of one parameter",
     ("loraloom.store", "loraloom.experts"): "the same",
     ("loraloom.store", "loraloom.layout"): "reading a folder is files (store) plus what PEFT's names mean (layout)",

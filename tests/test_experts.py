@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from loraloom.adapter import Adapter, Factors
+from loraloom.adapter import Adapter, AdapterMismatch, Factors
 from loraloom.experts import as_stored, packed, unpacked
 from loraloom.integrations.peft import attached, from_model
 from loraloom.ops.compress import compress
@@ -122,6 +122,42 @@ def test_merges_are_right_for_every_expert(tmp_path, transposed, method):
     again = load(tmp_path / "m")
     for name in merged.modules:
         assert torch.allclose(again.modules[name].delta(), merged.modules[name].delta(), atol=1e-10)
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_an_adapter_without_experts_merges_in_any_order(tmp_path, transposed, method, places):
+    made(tmp_path / "a0", 1, transposed, parameters=())
+    made(tmp_path / "a1", 2, transposed)
+    merged = merge([load(tmp_path / f"a{at}") for at in places], method, [1.0, 1.0])
+    again = load(save(merged, tmp_path / "m"))
+    assert set(again.modules) == set(load(tmp_path / "a1").modules)
+    for name in merged.modules:
+        assert torch.allclose(again.modules[name].delta(), merged.modules[name].delta(), atol=1e-10)
+    assert torch.isfinite(reloaded(tmp_path / "m", transposed)(torch.ones(1, HIDDEN).double())).all()
+
+
+UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+
+
+@pytest.mark.parametrize(("one", "two"), [([UP], [DOWN]), ([UP], [UP, DOWN]), ([UP, DOWN], [f"0.{DOWN}"])])
+def test_different_parameters_of_one_module_do_not_merge(tmp_path, one, two):
+    for name, parameters in (("a", one), ("b", two)):
+        made(tmp_path / name, 1, False, parameters=parameters)
+    with pytest.raises(AdapterMismatch, match=r"0\.experts: adapter . of 2 adapts the parameters \w+ of it") as caught:
+        merge([load(tmp_path / name) for name in "ab"])
+    assert "\n" not in str(caught.value)
+
+
+def test_parameters_of_different_modules_merge(tmp_path, transposed):
+    for at in range(2):
+        made(tmp_path / f"a{at}", at, transposed, parameters=[f"{at}.{UP}"])
+    adapters = [load(tmp_path / f"a{at}") for at in range(2)]
+    merged = load(save(merge(adapters, weights=[1.0, 1.0]), tmp_path / "m"))
+    for at, adapter in enumerate(adapters):
+        name = f"{at}.experts[1/{E}]"
+        assert torch.allclose(merged.modules[name].delta(), adapter.modules[name].delta(), atol=1e-10)
+    assert torch.isfinite(reloaded(tmp_path / "m", transposed)(torch.ones(1, HIDDEN).double())).all()
 
 
 def test_pruned_experts_become_zero_and_ranks_are_unified(tmp_path, transposed):

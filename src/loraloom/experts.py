@@ -43,6 +43,18 @@ def owner_of(name: str) -> str:
     return _PART.sub("", name)
 
 
+def parameters_of(config: Mapping[str, Any], name: str) -> set[str]:
+    """Which parameters of a module ``target_parameters`` names.
+
+    Example:
+        >>> parameters_of({"target_parameters": ["mlp.experts.gate_up_proj"]}, "layers.0.mlp.experts.base_layer")
+        {'gate_up_proj'}
+    """
+    path = re.sub(r"(\.base_layer)+$", "", name)
+    named = [str(parameter).rpartition(".") for parameter in config.get("target_parameters") or ()]
+    return {leaf for owner, _, leaf in named if path == owner or path.endswith("." + owner)}
+
+
 def holds_experts(config: Mapping[str, Any], name: str) -> bool:
     """Whether a module path is that of a module of whose parameters ``target_parameters`` names some.
 
@@ -50,9 +62,12 @@ def holds_experts(config: Mapping[str, Any], name: str) -> bool:
         >>> holds_experts({"target_parameters": ["mlp.experts.gate_up_proj"]}, "layers.0.mlp.experts.base_layer")
         True
     """
-    owners = {str(path).rpartition(".")[0] for path in config.get("target_parameters") or ()}
-    path = re.sub(r"(\.base_layer)+$", "", name)
-    return any(path == owner or path.endswith("." + owner) for owner in owners)
+    return bool(parameters_of(config, name))
+
+
+def all_parameters(adapters: Sequence[Adapter]) -> list[str]:
+    """The ``target_parameters`` of several adapters, together."""
+    return list(dict.fromkeys(path for one in adapters for path in one.config.get("target_parameters") or ()))
 
 
 def names_of(owner: str, experts: int) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
+from loraloom.experts import all_parameters, owner_of, parameters_of
 from loraloom.ops.spaces import SPACES
 from loraloom.registry import Technique, UnknownName
 
@@ -89,7 +90,7 @@ def _numbers(weights: Sequence[float], count: int, where: str) -> list[float]:
 
 
 def check_fit(adapters: Sequence[Adapter], same_base: bool) -> None:
-    """One kind, and one base model.
+    """One kind, one base model, and the same parameters of every module.
 
     Raises:
         AdapterMismatch: says which adapter differs, and how.
@@ -104,6 +105,20 @@ def check_fit(adapters: Sequence[Adapter], same_base: bool) -> None:
                 f"{named[0][0]} is of base model {named[0][1]!r}, {who} of {base!r};"
                 " if they fit all the same, say same_base=False (--allow-different-bases)"
             )
+    _check_parameters(adapters)
+
+
+def _check_parameters(adapters: Sequence[Adapter]) -> None:
+    """Refuse factors of different parameters of one module: PEFT's names do not tell them apart."""
+    together = {"target_parameters": all_parameters(adapters)}
+    for at, adapter in enumerate(adapters):
+        for owner in dict.fromkeys(map(owner_of, adapter.modules)):
+            own, asked = (", ".join(sorted(parameters_of(one, owner))) for one in (adapter.config, together))
+            if own != asked:
+                raise AdapterMismatch(
+                    f"{owner}: {which(at, adapters)} adapts the parameters {own or 'none'} of it, the adapters together"
+                    f" {asked}; they merge only if each adapts the same parameters of a module"
+                )
 
 
 def which(at: int, adapters: Sequence[Adapter]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Shape
+from loraloom.experts import all_parameters
 from loraloom.registry import UnknownName
 
 # What a LoRA configuration takes over from one of another kind.
@@ -42,6 +43,8 @@ def config_of(
     saved = list(dict.fromkeys(name for a in adapters for name in a.config.get("modules_to_save") or ()))
     if saved:
         config["modules_to_save"] = saved
+    if parameters := all_parameters(adapters):
+        config["target_parameters"] = parameters
     for key, off in (("bias", "none"), ("lora_bias", False)):
         asked = [adapter.config[key] for adapter in adapters if adapter.config.get(key, off) != off]
         if asked:
