@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from loraloom.adapter import Adapter, Factors, UnsupportedKind
+from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind
 from loraloom.ops.certificate import total
 from loraloom.ops.compress import compress
 from loraloom.ops.merge import merge
@@ -101,6 +102,72 @@ def test_a_merge_within_a_budget_has_the_certificate_of_both_steps(tmp_path):
     assert again.provenance["record"]["error"].keys() == set(small.modules)
     for name in small.modules:
         assert torch.allclose(again.modules[name].delta(), small.modules[name].delta())
+
+
+def falling(norms: list[float]) -> Adapter:
+    """Modules of rank 1 with updates of these norms."""
+    one = {f"layers.{n}.q": Factors(torch.eye(4)[:, :1] * norm, torch.eye(1, 4)) for n, norm in enumerate(norms)}
+    return Adapter({"peft_type": "LORA", "r": 1, "lora_alpha": 1}, one)
+
+
+def test_a_module_that_the_budget_drops_counts_as_lost(tmp_path):
+    two = falling([10.0, 9.0])
+    whole, few = falling([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]), falling([3.0, 2.0, 0.0])
+    for a, budget in ((two, 32), (whole, 76), (few, 48)):  # a direction takes 32 bytes
+        merged = merge([a, a], "ties", density=1.0, budget=budget)
+        for small in (compress(a, budget=budget), merged):
+            record = load(save(small, tmp_path / "small", overwrite=True)).provenance["record"]
+            lost = [a.modules[name].norm() for name in a.modules if name not in small.modules]
+            asked = [one.norm() for one in a.modules.values()]
+            assert total(record) == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(asked), abs=1e-6)
+            assert record["error"].keys() == set(a.modules)
+    assert record["error"]["layers.2.q"] == 0.0  # there was nothing to lose
+
+
+def stored(folder) -> int:
+    """Bytes of the tensors in an adapter folder."""
+    return sum(one.numel() * one.element_size() for one in load_file(folder / "adapter_model.safetensors").values())
+
+
+def experts() -> Adapter:
+    """Two layers of 8 experts at rank 4, the first expert far ahead, and a linear module."""
+    names = [f"h.{layer}.mlp.experts[{at}/8]" for layer in range(2) for at in range(8)]
+    modules = {name: random_factors(at, 64, 64, 4, 9.0 if at == 0 else 1.0) for at, name in enumerate(names)}
+    modules["h.0.q"] = random_factors(99, 64, 64, 4)
+    return Adapter(
+        {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_parameters": ["mlp.experts.up_proj"]}, modules
+    )
+
+
+def groups() -> Adapter:
+    """A convolution of 4 groups."""
+    modules = {f"conv[{at}/4]": random_factors(at, 6, 8, 4, 9.0 if at == 0 else 1.0, kernel=(8, 1)) for at in range(4)}
+    return Adapter({"peft_type": "LORA", "r": 16, "lora_alpha": 16}, modules)
+
+
+@pytest.mark.parametrize("a", [experts(), groups()], ids=["experts", "groups"])
+def test_what_is_stored_as_one_keeps_to_the_budget(a, tmp_path):
+    whole = stored(save(a, tmp_path / "whole"))
+    for share in (0.25, 0.5, 0.8, 1.0):
+        small = compress(a, budget=f"{share}x")
+        folder = save(small, tmp_path / f"small{share}")
+        assert stored(folder) <= share * whole
+        again = load(folder)
+        for name in small.modules:
+            assert torch.allclose(again.modules[name].delta(), small.modules[name].delta())
+    assert stored(folder) == whole
+
+
+def test_experts_of_a_layer_without_worth_leave():
+    small = compress(experts(), budget="0.6x", scores={"h.1": 0.0})
+    assert {name.split(".")[1] for name in small.modules} == {"0"}
+
+
+def test_a_budget_reads_each_module_once_before_the_result_is_read():
+    a, read = random_adapter(3, SIZES), []
+    modules = Modules(tuple(SIZES), lambda name: read.append(name) or a.modules[name], a.shape)
+    compress(replace(a, modules=modules), budget="0.5x")
+    assert sorted(read) == sorted(SIZES)
 
 
 def test_bias_magnitude_and_type_stay():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, truncate
+from loraloom.ops.certificate import total
 from loraloom.ops.prune import prune
 from loraloom.registry import UnknownName
 from loraloom.store import load, save
@@ -333,10 +334,20 @@ def test_directions_stay_by_singular_value(scope):
     for name in pruned.modules:
         near, error = best(delta(THREE.modules[name]), want[name])
         assert np.allclose(delta(pruned.modules[name]), near) and pruned.modules[name].rank == want[name]
-        if want[name] < THREE.shape(name).rank:
-            assert pruned.provenance["record"]["error"][name] == pytest.approx(error, abs=1e-10)
+        assert pruned.provenance["record"]["error"][name] == pytest.approx(error, abs=1e-10)
     record = pruned.provenance["record"]
+    lost = [np.linalg.norm(delta(THREE.modules[n]) - (delta(pruned.modules[n]) if n in want else 0)) for n in NAMES]
+    asked = [np.linalg.norm(delta(THREE.modules[n])) for n in NAMES]
+    assert total(record) == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(asked))
     assert (record["directions"], record["directions_kept"]) == (7, sum(want.values()))
+
+
+def test_a_module_that_keeps_no_direction_counts_as_lost():
+    a = Adapter({"r": 1}, {f"h.{n}.q": Factors(torch.tensor([[10.0 - n]]), torch.eye(1)) for n in range(2)})
+    pruned = prune(a, density=0.5, unit="rank").loaded()
+    assert list(pruned.modules) == ["h.0.q"]
+    assert pruned.provenance["record"]["error"] == {"h.1.q": 1.0, "h.0.q": 0.0}
+    assert total(pruned.provenance["record"]) == pytest.approx((81 / 181) ** 0.5)
 
 
 def test_directions_at_random_are_seeded_parts_of_the_update():

@@ -1,7 +1,8 @@
 """The error certificate: how far each module of a result is from what was asked for, in Frobenius norms.
 
 An operator that cuts something keeps a record ``{"error": {module: |asked - result| / |asked|}, "norm": {module:
-|asked|}}`` in the provenance of its result; it fills as modules are read.
+|asked|}}`` in the provenance of its result; it fills as modules are read. A module that the result lacks is there too,
+with an error of 1. Rounding to the type in which the result is stored is not in it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ def note(record: dict[str, Any], name: str, error: float, result: Factors, asked
     )
 
 
+def note_dropped(record: dict[str, Any], norms: Mapping[str, float]) -> None:
+    """Enter modules that are not in the result, by the norm of what was asked for: all of it is lost.
+
+    Example:
+        >>> record = {}
+        >>> note_dropped(record, {"fc": 5.0})
+        >>> record
+        {'error': {'fc': 1.0}, 'norm': {'fc': 5.0}}
+    """
+    record.setdefault("error", {}).update({name: float(norm > 0) for name, norm in norms.items()})
+    record.setdefault("norm", {}).update(norms)
+
+
 def chained(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> tuple[float, float]:
     """Relative error and norm of a module that was projected twice, each time within what was left.
 
@@ -49,7 +63,7 @@ def chained(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> t
 def total(record: Mapping[str, Any]) -> float | None:
     """Relative error over all modules together; None where nothing was cut.
 
-    Modules that were not cut have no entry, and do not count.
+    Modules without an entry do not count: those of a sum that is not cut.
 
     Example:
         >>> total({"error": {"a": 0.0, "b": 1.0}, "norm": {"a": 4.0, "b": 3.0}})

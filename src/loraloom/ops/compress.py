@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, spectrum
-from loraloom.ops.certificate import note
+from loraloom.experts import owner_of, place_of
+from loraloom.ops.certificate import note, note_dropped
 from loraloom.ops.checks import check_gauge
 from loraloom.registry import UnknownName
 from loraloom.strategies.units import group
@@ -32,7 +34,8 @@ def compress(
     - ``energy``: each module keeps its largest singular values until their squares add up to this share of all. 1 drops
       only directions that are rounding (3e-7 of the largest, 1e-13 for float64).
     - ``budget``: all modules share a number of bytes; the direction with the largest ``s^2`` per byte is taken next,
-      as long as it fits. A module that keeps none leaves the adapter.
+      as long as it fits. A module that keeps none leaves the adapter; the certificate counts it as lost. Experts and
+      groups of a convolution, which are stored at one rank, get one.
 
     A module that loses nothing stays as it is. DoRA's B A is compressed and its magnitude kept, HiRA's B A before it
     multiplies the base weight: the certificate is about B A. As PEFT gives all HiRA modules one rank, those keep the
@@ -75,7 +78,8 @@ def compress(
     if rank is not None:
         ranks = {name: min(rank, adapter.shape(name).rank) for name in adapter.modules}
     elif budget is not None:
-        ranks = _shared_out(adapter, _bytes(budget, adapter), scores)
+        ranks, lost = _shared_out(adapter, budget, scores)
+        note_dropped(record, lost)
     else:
         ranks = {}  # known when a module is read
     if adapter.kind == "hira" and len(set(ranks.values())) != 1:
@@ -112,6 +116,8 @@ def _check(
         raise ValueError(f"energy must be in (0, 1], got {energy}")
     if scores is not None and budget is None:
         raise ValueError("scores share out a budget; give one")
+    if budget is not None:
+        _bytes(budget, 0)
 
 
 def _squares(factors: Factors) -> list[float]:
@@ -129,41 +135,56 @@ def _enough(squares: list[float], energy: float) -> int:
     return 1
 
 
-def _bytes(budget: int | str, adapter: Adapter) -> float:
+def _bytes(budget: int | str, whole: int) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(budget).lower())
     if match is None or (match[2] != "x" and match[2] not in _UNITS):
         raise ValueError(f"budget {budget!r}: expected bytes such as 1000000, 10MB, 64MiB, or 0.5x of the present size")
-    if match[2] != "x":
-        return float(match[1]) * _UNITS[match[2]]
-    return float(match[1]) * sum(_size(adapter.modules[name]) * adapter.shape(name).rank for name in adapter.modules)
+    return float(match[1]) * (whole if match[2] == "x" else _UNITS[match[2]])
 
 
-def _size(factors: Factors) -> int:
-    """Bytes of one direction."""
-    return (factors.shape.out + factors.shape.in_) * factors.B.element_size()
-
-
-def _shared_out(adapter: Adapter, budget: float, scores: Mapping[str, float] | None) -> dict[str, int]:
-    """Rank by module: directions by falling gain per byte, as long as they fit."""
+def _shared_out(
+    adapter: Adapter, budget: int | str, scores: Mapping[str, float] | None
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank by module: directions by falling gain per byte, as long as they fit; norms of the modules that keep none."""
     worth = _worth(adapter, scores)
-    order, sizes = [], {}
-    for at, name in enumerate(adapter.modules):
+    squares, sizes = {}, {}
+    for name in adapter.modules:
         factors = adapter.modules[name]
-        sizes[name] = _size(factors)
-        order += [(-worth[name] * s / sizes[name], at, name) for s in _squares(factors) if s * worth[name] > 0]
-    if not order:
+        squares[name] = _squares(factors)
+        sizes[name] = (factors.shape.out + factors.shape.in_) * factors.B.element_size()  # of one direction
+    left = _bytes(budget, sum(size * adapter.shape(name).rank for name, size in sizes.items()))
+    gains = {name: [worth[name] * s for s in each if worth[name] * s > 0] for name, each in squares.items()}
+    pools = _pools(gains)
+    if not pools:
         raise ValueError("a budget has nothing to share out: no module has both an update and a score above 0")
-    order.sort()
-    ranks: dict[str, int] = {}
-    left = budget
-    for _, _, name in order:
-        if sizes[name] <= left:
-            left -= sizes[name]
-            ranks[name] = ranks.get(name, 0) + 1
-    if not ranks:
-        least = min(sizes.values(), default=0)
-        raise ValueError(f"budget of {budget:.0f} bytes keeps nothing; the smallest direction takes {least}")
-    return {name: ranks[name] for name in adapter.modules if name in ranks}
+    costs = [sum({owner_of(name): place_of(name)[1] * sizes[name] for name in pool}.values()) for pool in pools]
+    order = []
+    for at, pool in enumerate(pools):
+        steps = zip_longest(*(gains[name] for name in pool), fillvalue=0.0)
+        order += [(-sum(step) / costs[at], at) for step in steps]
+    taken = [0] * len(pools)
+    for _, at in sorted(order):
+        if costs[at] <= left:
+            left -= costs[at]
+            taken[at] += 1
+    if not any(taken):
+        raise ValueError(f"budget of {left:.0f} bytes keeps nothing; the smallest direction takes {min(costs)}")
+    found = {
+        name: min(rank, adapter.shape(name).rank) for rank, pool in zip(taken, pools, strict=True) for name in pool
+    }
+    ranks = {name: found[name] for name in squares if found.get(name)}
+    return ranks, {name: math.fsum(each) ** 0.5 for name, each in squares.items() if name not in ranks}
+
+
+def _pools(gains: Mapping[str, list[float]]) -> list[list[str]]:
+    """Modules that get one rank: all experts and groups, as they are stored at the largest of any; others alone."""
+    there = {owner_of(name) for name, each in gains.items() if each}
+    pools: dict[str, list[str]] = {}
+    for name in gains:
+        owner = owner_of(name)
+        if owner in there:
+            pools.setdefault(name if owner == name else "", []).append(name)
+    return list(pools.values())
 
 
 def _worth(adapter: Adapter, scores: Mapping[str, float] | None) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from loraloom.adapter import Adapter, Factors, Modules, truncate
-from loraloom.ops.certificate import note
+from loraloom.ops.certificate import note, note_dropped
 from loraloom.ops.checks import check_gauge
 from loraloom.ops.choice import groups
 from loraloom.ops.merge import module_generator
@@ -38,12 +39,13 @@ def pruned_directions(
         for _, at, index in sorted(order)[: max(1, round(density * len(order)))]:
             kept.setdefault(pool[at], []).append(index)
     record.update(directions=total, directions_kept=sum(map(len, kept.values())), error={}, norm={})
+    note_dropped(record, {name: math.hypot(*values[name]) for name in values if name not in kept})
 
     def read(name: str) -> Factors:
         factors, stays = adapter.modules[name], sorted(kept[name])
         if len(stays) == factors.rank:
-            return factors
-        if by == "magnitude":
+            small, error = factors, 0.0
+        elif by == "magnitude":
             small, error = truncate(factors, len(stays))
         else:
             u, s, vh = factors.svd()

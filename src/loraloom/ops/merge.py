@@ -71,7 +71,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
 
     A module that an adapter lacks counts as zero; ``factors`` refuses it. A ``lora_bias`` is one more column of the
     update (times the scale) and is merged by the same method. One adapter of weight 1 is returned as it is, unless the
-    method declares otherwise or the size of the result is asked for.
+    method declares otherwise, one of its knobs is given or the size of the result is asked for.
 
     Args:
         adapters: at least one, all of one kind.
@@ -182,7 +182,7 @@ class _Job:
     @property
     def untouched(self) -> bool:
         """Whether the one adapter that there is comes out as it went in."""
-        plain = len(self.adapters) == 1 and self.rank is None and self.base is None
+        plain = len(self.adapters) == 1 and self.rank is None and self.base is None and not self.knobs
         return plain and self.weights_of(None) == [1.0] and "single" not in self.technique.breaks
 
     def weights_of(self, name: str | None) -> list[float]:
@@ -320,10 +320,16 @@ def _shrunk(merged: Adapter, energy: float | None, budget: int | str | None) -> 
     second, record = small.provenance["record"], dict(small.provenance["record"])
     record.update(error={}, norm={})
 
+    def enter(name: str) -> None:
+        record["error"][name], record["norm"][name] = chained(first, second, name)
+
     def read(name: str) -> Factors:
         factors = small.modules[name]
-        record["error"][name], record["norm"][name] = chained(first, second, name)
+        enter(name)
         return factors
+
+    for name in second["error"]:  # what the budget dropped
+        enter(name)
 
     heavy = getattr(merged.modules, "heavy", False)
     modules = Modules(tuple(small.modules), read, small.shape, heavy=heavy)
