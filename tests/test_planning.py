@@ -27,6 +27,8 @@ from loraloom import planning
 from loraloom.cli import app
 from loraloom.integrations import shapes, trainees
 from loraloom.integrations.gates import Gates
+from loraloom.integrations.peft import from_model
+from loraloom.masks import save_mask
 from loraloom.recipe import Recipe, parse
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -268,6 +270,42 @@ def test_lori_with_a_density_trains_that_share(folders: dict[str, str]) -> None:
     assert sparse.parameters.trainable == round(0.1 * dense.parameters.trainable)
     assert sparse.parameters.frozen == dense.parameters.frozen > 0
     assert sparse.memory.optimizer == pytest.approx(dense.memory.optimizer / 10, rel=0.01)
+
+
+@pytest.mark.parametrize("given", ["calibrate", "mask"])
+@pytest.mark.parametrize("more", [{}, {"kind": "dora"}, {"modules_to_save": ["lm_head"]}])
+def test_a_mask_of_lori_thins_out_b_alone(folders: dict[str, str], tmp_path: Path, more: dict, given: str) -> None:
+    """Trained weights, their bytes and what is sent, against the model that is trained."""
+    dense = recipe_of(folders["llama"], adapter=more, lori={})
+    config = transformers.AutoConfig.from_pretrained(dense.model)
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    with trainees.trainee(model, dense) as live:
+        b = [one for name, one in live.named_parameters() if "lora_B" in name]
+        entries = sum(one.numel() for one in b)
+        for one in b:
+            nn.init.normal_(one)
+        mask = ll.calibrate(from_model(live), density=0.1)
+        file = save_mask(mask, tmp_path / "mask.safetensors")
+        ll.LoRI(mask=mask, start="fresh").attach(live)
+        trained = [one for one in live.parameters() if one.requires_grad]
+        adapter = [one for name, one in live.named_parameters() if "lora_" in name or one.requires_grad]
+        adapter += [one for name, one in live.named_buffers() if name.endswith("_index")]
+        own = sum(one.numel() for one in trained) - live.get_output_embeddings().weight.numel() * (
+            "modules" in str(more)
+        )
+    made, without = (
+        ll.plan(recipe_of(folders["llama"], adapter=more, lori=lori, strategy={"name": "coto"}), world=2)
+        for lori in ({"calibrate": {"density": 0.1}} if given == "calibrate" else {"mask": str(file)}, {})
+    )
+    size = sum(one.nbytes for one in trained)
+    assert made.parameters.trainable == sum(one.numel() for one in trained) > mask.kept * (1 + bool(more)) - 1
+    assert made.memory.optimizer == 2 * made.memory.gradients == 2 * size
+    assert made.memory.adapter == sum(one.nbytes for one in adapter)
+    assert made.memory.activations - without.memory.activations == 4 * entries  # B as it is laid out for a pass
+    assert made.communication.gradients == size
+    dense_own = own + entries - mask.kept
+    unsent, unsent_dense = (one.communication.gradients - one.communication.active_gradients for one in (made, without))
+    assert unsent == pytest.approx(unsent_dense * own / dense_own, rel=1e-6)
 
 
 def test_bf16_keeps_the_base_twice(folders: dict[str, str]) -> None:

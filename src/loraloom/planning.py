@@ -26,7 +26,7 @@ SHARDINGS: Mapping[str, tuple[bool, bool, bool]] = {
 
 ADAMW = 2  # moments a trained weight, each of the weight's size
 SIZES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}  # bytes of a quantised weight, with nf4's scales of blocks
-INDEX = 8  # bytes that say where a kept entry of LoRI's B is
+INDEX = 4  # bytes that say where a kept entry of LoRI's B is
 NEVER = -1  # of Product.again
 MOST_STEPS = 20_000  # of a schedule; a longer run is taken at so many of its steps, evenly spaced
 
@@ -180,7 +180,7 @@ def plan(recipe: Recipe, *, world: int = 1, sharding: str = "ddp") -> Plan:
     batch, micro = edge("fit").share(told.batch_size * told.accumulate, told.batch_size, world)
     trace = edge("trainees").traced(recipe, batch=batch, unit=getattr(strategy, "unit", "layer"))
     chances = _chances(strategy, trace.units)
-    kept = _kept(recipe, trace)
+    trained = _trained(recipe, trace)
     costs = [_cost(trace.flops, chances, len(trace.units), blocks) for blocks in (None, trace.blocks)]
     all_on = {tuple([1.0] * len(trace.units)): 1.0}
     most = [_cost(trace.flops, all_on, len(trace.units), blocks) for blocks in (None, trace.blocks)]
@@ -193,8 +193,8 @@ def plan(recipe: Recipe, *, world: int = 1, sharding: str = "ddp") -> Plan:
         sharding=sharding,
         units=len(trace.units),
         checkpointing=told.gradient_checkpointing,
-        parameters=Parameters(trace.base, kept, trace.frozen),
-        memory=_memory(recipe, trace, kept, world, SHARDINGS[sharding]),
+        parameters=Parameters(trace.base, trained.weights, trace.frozen),
+        memory=_memory(recipe, trace, trained, world, SHARDINGS[sharding]),
         flops=Flops(
             forward=forward * micro,
             backward=round(most[0] - forward) * micro,
@@ -202,19 +202,39 @@ def plan(recipe: Recipe, *, world: int = 1, sharding: str = "ddp") -> Plan:
             mean=costs[0] * micro,
             mean_recomputed=(costs[1] - costs[0]) * micro,
         ),
-        communication=_communication(recipe, trace, (kept, micro), chances, world, sharding),
+        communication=_communication(recipe, trace, (trained, micro), chances, world, sharding),
     )
 
 
-def _kept(recipe: Recipe, trace: Any) -> int:
-    """How many weights are trained: of LoRI's B what the mask keeps."""
+@dataclass(frozen=True)
+class _Trained:
+    """How many weights are trained, and what a mask of LoRI leaves of B.
+
+    Attributes:
+        weights: all that are trained.
+        entries: of B where a mask thins it out; else 0.
+        kept: of these, trained.
+        share: of the adapter's trained weights that is left.
+    """
+
+    weights: int
+    entries: int = 0
+    kept: int = 0
+    share: float = 1.0
+
+
+def _trained(recipe: Recipe, trace: Any) -> _Trained:
     chosen = recipe.lori
     if chosen is None or (chosen.mask is None and chosen.calibrate is None):
-        return int(trace.trainable)
-    if chosen.mask is not None:
-        return load_mask(chosen.mask).kept
-    assert chosen.calibrate is not None
-    return round(chosen.calibrate.density * trace.trainable)
+        return _Trained(trace.trainable)
+    model, _ = edge("shapes").bare(recipe.model)
+    with edge("trainees").trainee(model, recipe) as made:
+        own = {name: one.numel() for name, one in made.named_parameters() if one.requires_grad and "lora_" in name}
+    entries = sum(size for name, size in own.items() if {"lora_B", "lora_embedding_B"} & {*name.split(".")})
+    density = 1.0 if chosen.calibrate is None else chosen.calibrate.density
+    kept = round(density * entries) if chosen.mask is None else load_mask(chosen.mask).kept
+    gone = entries - kept
+    return _Trained(trace.trainable - gone, entries, kept, 1 - gone / sum(own.values()))
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
@@ -292,12 +312,11 @@ def _cost(
 # --- memory and communication ----------------------------------------------------------------------------------------
 
 
-def _memory(recipe: Recipe, trace: Any, kept: int, world: int, split: tuple[bool, bool, bool]) -> Memory:
-    _, trained, frozen = trace.bytes_of
+def _memory(recipe: Recipe, trace: Any, trained: _Trained, world: int, split: tuple[bool, bool, bool]) -> Memory:
     base, wider = _base(recipe, trace)
-    size = trained / max(trace.trainable, 1)  # bytes of one trained weight
-    indices = INDEX * kept if kept != trace.trainable else 0
-    dense = trained if indices else 0  # LoRI's B is laid out whole for every pass
+    each = trace.bytes_of[1] / max(trace.trainable, 1)
+    size, frozen = each * trained.weights, trace.bytes_of[2]
+    dense = round(each * trained.entries)  # LoRI's B is laid out whole for every pass
     copies = (
         base // 2 if recipe.train.bf16 and recipe.dtype == "float32" else 0
     )  # autocast keeps each weight in bfloat16 too, from forward to backward
@@ -307,9 +326,9 @@ def _memory(recipe: Recipe, trace: Any, kept: int, world: int, split: tuple[bool
     output = trace.logits * (2 if recipe.train.bf16 or recipe.dtype in ("bfloat16", "float16") else 4)
     return Memory(
         weights=-(-base // weights),
-        adapter=-(-round(kept * size + frozen + indices) // weights),
-        gradients=-(-round(kept * size) // gradients),
-        optimizer=-(-round(kept * size * ADAMW) // optimizer),
+        adapter=-(-round(size + frozen + INDEX * trained.kept) // weights),
+        gradients=-(-round(size) // gradients),
+        optimizer=-(-round(size * ADAMW) // optimizer),
         gathered=round(2 * wider * max((b.weights for b in trace.blocks), default=base)) if weights > 1 else 0,
         activations=outside + sum(saved),
         checkpoints=outside + sum(block.given for block in trace.blocks),
@@ -330,28 +349,27 @@ def _base(recipe: Recipe, trace: Any) -> tuple[int, float]:
 def _communication(
     recipe: Recipe,
     trace: Any,
-    kept_and_passes: tuple[int, int],
+    trained_and_passes: tuple[_Trained, int],
     chances: Mapping[tuple[float, ...], float],
     world: int,
     sharding: str,
 ) -> Communication:
     """Ring algorithms: reduce-scatter and all-gather of V bytes send V (N - 1) / N a rank, an all-reduce both."""
-    kept, passes = kept_and_passes
-    _, trained, frozen = trace.bytes_of
+    trained, passes = trained_and_passes
     base, wider = _base(recipe, trace)
-    size = trained / max(trace.trainable, 1) * kept
+    size, frozen = trace.bytes_of[1] / max(trace.trainable, 1) * trained.weights, trace.bytes_of[2]
     way = (world - 1) / world
     count = len(trace.units)
     sets = sorted({1 << at for at in range(count)} | {block.units for block in trace.blocks})
     odds = _Odds(sets, chances, count)
     off = 0.0  # share of the trained weights that is switched off
-    if trace.trainable:
-        off = sum(n * (1 - odds(None, 1 << at)) for at, n in enumerate(trace.by_unit)) / trace.trainable
+    if trained.weights:
+        off = sum(n * (1 - odds(None, 1 << at)) for at, n in enumerate(trace.by_unit)) * trained.share / trained.weights
     times = 2 if sharding == "ddp" else 1 if sharding == "zero1" else passes
     weights = 0.0
     if SHARDINGS[sharding][2]:
         again = wider * sum(block.weights * odds(None, block.units) for block in trace.blocks)
-        weights = way * passes * (base + trained + frozen + again)  # what lies outside of blocks stays after forward
+        weights = way * passes * (base + size + frozen + again)  # what lies outside of blocks stays after forward
     elif sharding != "ddp":
         weights = way * size
     return Communication(round(way * times * size), way * times * size * (1 - off), weights)
