@@ -18,14 +18,17 @@ from transformers import AutoModel
 
 from loraloom import report, sweep
 from loraloom.adapter import Adapter, Factors
+from loraloom.integrations.processes import Elsewhere
 from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
+from loraloom.sweep.found import spread
 from loraloom.sweep.operations import groups, operations
 from loraloom.sweep.plan import cells, phases, run_key, run_of
-from loraloom.sweep.results import spread, summarised
+from loraloom.sweep.results import summarised
+from loraloom.sweep.table import Measure
 from loraloom.sweep.work import Journal, Worker, chooser, claimed
-from processes import clean, process, status_of
+from processes import clean, process, ranks, status_of
 from tiny_vision import recipe_content, tiny_model  # noqa: F401
 
 TABLE = {
@@ -73,9 +76,9 @@ def results(folder: Path) -> dict:
 
 def test_every_job_is_done_once_and_counted(done) -> None:
     _, folder, said = done
-    # 1 frozen, 2 arms x 2 rates on seed 0, seed 1 at the chosen rates, then 2 arms x (2 points, a merge, 2
-    # prunings, 2 coalitions), on each seed or pair; half way the two pairs are one.
-    jobs = 1 + 4 + 2 + 2 * (2 + 1 + 2 + 2 * 2 + 2 * 2)
+    # 1 frozen, 2 arms x 2 rates on seed 0, seed 1 at the chosen rates, then 2 arms x (2 points of one path, a merge of
+    # each pair, 2 prunings and 2 coalitions of each seed).
+    jobs = 1 + 4 + 2 + 2 * (2 + 2 + 2 * 2 + 2 * 2)
     assert len(list((folder / "journal").iterdir())) == jobs
     assert (
         said[0].startswith(f"[1/{jobs}] ")
@@ -106,7 +109,7 @@ def test_an_operation_is_on_the_seeds_that_it_says(done) -> None:
     jobs = [job for part in phases(made, choose) for job in part]
     alone = {(job.cell, job.seed): job for job in jobs if job.operation.how == "alone"}
     at_start = [job for job in jobs if job.operation.name == "at 0, factors"]
-    assert sorted((job.cell.arm, job.seed) for job in at_start) == [("CoTo", 0), ("CoTo", 1), ("LoRA", 0), ("LoRA", 1)]
+    assert sorted((job.cell.arm, job.seed) for job in at_start) == [("CoTo", 0), ("LoRA", 0)]
     for job in at_start:  # the start of a path is its first adapter
         assert (journal.correct(job, "test") == journal.correct(alone[job.cell, job.seed], "test")).all()
     merged = next(job for job in jobs if job.operation.name == "merge 1:2, linear delta")
@@ -209,14 +212,23 @@ def _hold(claim: Path, kept: Path, text: str, held: object) -> None:
         kept.write_text(text)
 
 
-def test_a_rank_works_by_itself_and_the_first_one_reports(done, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, folder, _ = done
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    before = (folder / report.files.RESULTS).stat().st_mtime_ns
-    said: list[str] = []
-    sweep.run(made, folder, say=said.append)  # not refused: that is for the first rank to do
-    assert said == [] and (folder / report.files.RESULTS).stat().st_mtime_ns == before
+def test_ranks_of_a_launcher_share_a_folder_and_the_first_one_refuses(table: Path, done, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert [status_of(one) for one in ranks(_launched, 2, table, out)] == [0, 0]
+    assert results(out)["records"] == results(done[1])["records"]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    shutil.rmtree(out / "claims")
+    assert [status_of(one) for one in ranks(_launched, 2, table, out)] == [2, 2]
+    assert not (out / "claims").exists()
+    assert all(path.stat().st_mtime_ns == before[path] for path in (out / "journal").iterdir())
+
+
+def _launched(rank: int, table: Path, out: Path) -> None:
+    try:
+        sweep.run(sweep.read(table), out, say=lambda line: None)
+    except (FileExistsError, Elsewhere) as error:
+        assert isinstance(error, Elsewhere) == (rank > 0)
+        raise SystemExit(2) from None
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & set(os.environ)
 
 
@@ -247,7 +259,7 @@ def test_a_changed_sweep_shares_what_is_the_same(table: Path) -> None:
     made = sweep.read(table)
     more = made.model_copy(update={"seeds": (0, 1, 2), "rates": (0.01, 0.03, 0.1)})
     keys = [{job.key for part in phases(one, lambda cell: 0.01) for job in part} for one in (made, more)]
-    assert len(keys[0] - keys[1]) == 4  # of two arms, those that take seeds 1 and 0: seed 1 goes with seed 2 now
+    assert len(keys[0] - keys[1]) == 2  # of two arms, the merge of seeds 1 and 0: seed 1 goes with seed 2 now
     limited = made.model_copy(update={"limit": 10})
     assert not keys[0] & {job.key for part in phases(limited, lambda cell: 0.01) for job in part}
 
@@ -290,7 +302,7 @@ def test_dora_adapters_are_put_together_on_the_base_s_weights(tmp_path: Path, re
     measure = {"merge": [{"weights": [1, 1], "space": "delta"}], "interpolate": {"at": [0.25], "spaces": ["delta"]}}
     arms = {"DoRA": {"adapter.kind": "dora"}}
     path = written(tmp_path, recipe_content, arms=arms, rates=[0.01], measure=measure)
-    jobs = [job for part in phases(sweep.read(path), lambda cell: 0.01) for job in part][-3:]
+    jobs = [job for part in phases(sweep.read(path), lambda cell: 0.01) for job in part][-2:]
     model = AutoModel.from_pretrained(recipe_content["model"])
     square = {path: one for path, one in model.named_modules() if getattr(one, "out_features", 0) == 16}
     name, weight = next((path, one.weight.detach()) for path, one in square.items() if one.in_features == 16)
@@ -306,7 +318,7 @@ def test_dora_adapters_are_put_together_on_the_base_s_weights(tmp_path: Path, re
 
     one, other = drawn(0), drawn(1)
     adapters = [Adapter({"r": 2, "peft_type": "LORA", "use_dora": True}, {name: held}) for held in (one, other)]
-    for job, at in zip(jobs, (0.25, 0.25, 0.5), strict=True):
+    for job, at in zip(jobs, (0.25, 0.5), strict=True):
         found = job.operation.applied(adapters, Worker._base(job)).modules[name].delta()
         wanted = (1 - at) * effective(one) + at * effective(other)
         u, s, v = torch.linalg.svd(wanted)  # the best of rank 4, the sum of the ranks
@@ -343,10 +355,11 @@ def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dic
     panels = {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}
     table, (bars,) = panels["Over the tasks"], panels["Gap to LoRA over the tasks"].series
     assert (bars.name, bars.x, bars.y) == ("CoTo", ("alone",), (0.25,))
-    assert (bars.low[0], bars.high[0]) == pytest.approx(spread([0.15, 0.35])[1:], abs=1e-4)
+    assert (bars.low[0], bars.high[0]) == pytest.approx(spread({(0,): 0.15, (1,): 0.35})[1:], abs=1e-4)
     rows = {row[1]: row[2:] for row in table.rows}
     assert rows["LoRA"] == (0.5, None, None, None, None, None) and rows["CoTo"][:2] == (0.75, 0.25)
-    assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in ([0.15, 0.35], [0.2, 0.3]) for end in spread(ends)[1:])
+    wanted = [spread({(0,): one, (1,): two})[1:] for one, two in ((0.15, 0.35), (0.2, 0.3))]
+    assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in wanted for end in ends)
 
 
 def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_path: Path) -> None:  # noqa: F811
@@ -462,16 +475,66 @@ def test_one_pair_has_no_interval_over_seeds(done) -> None:
     assert rows["digits", "alone", "CoTo"][1] < rows["digits", "alone", "CoTo"][2]
     gaps = {row[1]: row[3:] for row in panels["Against LoRA"]["rows"]}
     assert gaps["half way, factors"][1:3] == [None, None] and None not in gaps["half way, factors"][3:]
-    assert "Of 6 measurements on several seeds CoTo is" in results(done[1])["summary"]
+    assert "Of 4 measurements on several seeds CoTo is" in results(done[1])["summary"]
 
 
 def test_the_interval_is_student_s() -> None:
     """Against the textbook's quantile of 4 degrees of freedom, 2.776."""
     values = [0.7, 0.8, 0.75, 0.9, 0.6]
-    mean, low, high = spread(values)
+    mean, low, high = spread({(seed,): value for seed, value in enumerate(values)})
     assert mean == pytest.approx(0.75)
     assert high - mean == pytest.approx(2.776 * np.std(values, ddof=1) / 5**0.5, rel=1e-3)
     assert mean - low == pytest.approx(high - mean)
+
+
+@pytest.mark.parametrize(("seeds", "size"), [(5, 2), (5, 3), (4, 3), (3, 2)])
+@pytest.mark.parametrize("own", [0.0, 1.0], ids=["of seeds", "of groups"])
+def test_the_interval_over_groups_that_share_seeds_covers(seeds: int, size: int, own: float) -> None:
+    """Where only seeds, or only groups, are the chance; Student's over groups covers 62 to 84 % of the first."""
+    around = [tuple((at + more) % seeds for more in range(size)) for at in range(seeds)]
+    draw, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        seed, group = draw.normal(size=seeds), draw.normal(size=seeds)
+        _, low, high = spread({g: own * group[at] + (1 - own) * seed[list(g)].mean() for at, g in enumerate(around)})
+        covered += low < 0 < high
+    assert covered > 915
+
+
+def hand_written(made: sweep.Sweep, out: Path, share: object) -> dict:
+    """The panels of a sweep of which each job scored what ``share(job, split)`` says, of ten examples."""
+    journal = Journal(out / "journal")
+    for job in (job for part in phases(made, lambda cell: 0.01) for job in part):
+        scores = {split: "1" * share(job, split) + "0" * (10 - share(job, split)) for split in job.splits}
+        journal.put(job, {"scores": scores, "seconds": 1.0, "broken": False, "took": 1.0})
+    return {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}
+
+
+def test_all_is_told_on_the_split_that_is_measured(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    measure = {"split": "validation", "interpolate": {"at": [0.5], "spaces": ["delta"]}}
+    made = sweep.read(written(tmp_path, recipe_content, rates=[0.01], measure=measure))
+    panels = hand_written(made, tmp_path / "out", lambda job, split: {"validation": 9, "test": 8}[split])
+    assert [row[3:] for row in panels["Barriers between seeds"].rows] == [(0.0, None, None, 1)] * 2
+    assert {row[3] for row in panels["Accuracy at the chosen rates"].rows} == {0.9}
+    assert "on validation" in panels["Accuracy at the chosen rates"].note.lower()
+
+
+@pytest.mark.parametrize("at", [[0.25, 0.5, 0.75], [0.5, 0.25, 0.75]])
+def test_two_seeds_have_one_path(tmp_path: Path, recipe_content: dict, at: list[float]) -> None:  # noqa: F811
+    measure = {"interpolate": {"at": at, "spaces": ["delta"]}}
+    made = sweep.read(written(tmp_path, recipe_content, rates=[0.01], measure=measure))
+    panels = hand_written(made, tmp_path / "out", lambda job, split: {0.5: 5}.get(job.operation.arguments.get("at"), 9))
+    assert [row[3:] for row in panels["Barriers between seeds"].rows] == [(0.4, None, None, 1)] * 2
+
+
+def test_an_adapter_that_is_gone_is_no_broken_training(done, tmp_path: Path) -> None:
+    made, folder, _ = done
+    shutil.copytree(folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "adapters")
+    more = made.model_copy(update={"measure": Measure.model_validate({"prune": [{"keep": "low"}]})})
+    with pytest.raises(
+        ValueError, match=r"adapters/\w+ is gone; put it back, or remove .*\.json and it is trained again"
+    ):
+        sweep.run(more, tmp_path / "out", resume=True, say=lambda line: None)
 
 
 def test_bundled_sweeps_are_valid() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loraloom.cli.shell import command
+from loraloom.cli.shell import command, written
 
 
 @command("sweep")
@@ -23,4 +23,4 @@ def sweep(
     """Run a table: train a grid of adapters, combine and prune them, score all, write one report."""
     from loraloom.sweep import read, run
 
-    run(read(table, arms.split(",") if arms else ()), out, resume=resume, jobs=jobs)
+    run(read(table, arms.split(",") if arms else ()), out, resume=resume, jobs=jobs, command=written())

@@ -90,6 +90,35 @@ def first(work: Callable[[], T]) -> T:
     return held[0]
 
 
+def first_of_all(check: Callable[[], object]) -> None:
+    """Let the first process check something before any goes on; they stay processes that work each by itself.
+
+    Raises:
+        Elsewhere: ``check`` failed, in the other processes; the first one has the error itself.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        check()
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    name = f"loraloom/first_of_all/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank != 0:
+        passed = store.get(name) == b"yes"
+        store.set(f"{name}/{rank}", "")
+        if not passed:
+            raise Elsewhere("the first process refused")
+        return
+    passed = False
+    try:
+        check()
+        passed = True
+    finally:
+        store.set(name, "yes" if passed else "no")
+        store.wait([f"{name}/{other}" for other in range(1, world)])  # it goes when this process lets go of it
+
+
 def speaks(error: BaseException) -> bool:
     """Whether this process tells the user of an error: of all the processes that fail, one does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from loraloom import report
-from loraloom.integrations.processes import end_with_parent
+from loraloom.integrations.processes import end_with_parent, first_of_all
 from loraloom.sweep.plan import read
 from loraloom.sweep.results import summarised
 from loraloom.sweep.table import Sweep
@@ -25,7 +25,9 @@ __all__ = ["Sweep", "read", "run"]
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run(sweep: Sweep, out: Path, *, resume: bool = False, jobs: int = 1, say: Say = print) -> report.Report:
+def run(
+    sweep: Sweep, out: Path, *, resume: bool = False, jobs: int = 1, say: Say = print, command: str = ""
+) -> report.Report:
     """Do a sweep, or the rest of one, and write ``results.json``, ``report.html`` and ``report.md`` into ``out``.
 
     Under a launcher (``accelerate launch -m loraloom sweep``) every rank is such a process: they share ``out``, each
@@ -51,8 +53,7 @@ def run(sweep: Sweep, out: Path, *, resume: bool = False, jobs: int = 1, say: Sa
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     rank, ranks, local = (int(os.environ.get(name, usual)) for name, usual in zip(_LAUNCHED[:3], "010", strict=True))
-    if rank == 0 and out.exists() and not resume:
-        raise FileExistsError(f"{out} exists; go on with --resume, or choose another folder")
+    first_of_all(lambda: _refuse(out, resume))
     processes = jobs * ranks
     began = time.perf_counter()
     others = multiprocessing.get_context("spawn")
@@ -72,10 +73,16 @@ def run(sweep: Sweep, out: Path, *, resume: bool = False, jobs: int = 1, say: Sa
         for child in children:
             child.join()
     made = summarised(sweep, worker.journal, seconds=time.perf_counter() - began, processes=processes)
+    made = report.ran(made, command)
     if rank == 0:
         report.write(made, out)
         say(f"{made.summary}\n{out / 'report.html'}, {out / report.files.RESULTS}")
     return made
+
+
+def _refuse(out: Path, resume: bool) -> None:
+    if out.exists() and not resume:
+        raise FileExistsError(f"{out} exists; go on with --resume, or choose another folder")
 
 
 def _settled(sweep: Sweep, out: Path, jobs: int, processes: int, place: int, say: Say | None) -> Worker:

@@ -97,7 +97,7 @@ def groups(sweep: Sweep, operation: Operation) -> list[tuple[int, ...]]:
     size = 2 if operation.how == "interpolate" else len(weights) or 1
     seeds, count = sweep.seeds, len(sweep.seeds)
     around = [tuple(seeds[(at + k) % count] for k in range(size)) for at in range(count)]
-    alike = operation.arguments.get("at") == 0.5 if operation.how == "interpolate" else len(set(weights)) <= 1
+    alike = operation.how == "interpolate" or len(set(weights)) <= 1  # of two seeds there is one path
     return around[:1] if size == count and size > 1 and alike else around
 
 

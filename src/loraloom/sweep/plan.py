@@ -23,6 +23,8 @@ from loraloom.sweep.table import Sweep
 from loraloom.tasks import tasks
 from loraloom.untrusted import read_mapping, short
 
+Group = tuple[int, ...]  # seeds that are taken together
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -65,6 +67,11 @@ class Job:
     def seed(self) -> int:
         """Of the first source."""
         return self.sources[0].seed
+
+    @property
+    def group(self) -> Group:
+        """The seeds of the sources; those of several tasks are alike."""
+        return tuple(dict.fromkeys(one.seed for one in self.sources))
 
     @cached_property
     def key(self) -> str:
@@ -163,6 +170,11 @@ def run_of(sweep: Sweep, cell: Cell, seed: int) -> Recipe:
     return sweep._runs[known]
 
 
+def training(cell: Cell, recipe: Recipe, limit: int | None) -> Job:
+    """The job that trains an adapter."""
+    return Job(cell, (recipe,), ALONE, ("validation", "test"), limit)
+
+
 def phases(sweep: Sweep, choose: Callable[[Cell], float]) -> Iterator[list[Job]]:
     """The jobs in parts, each of which needs those before it.
 
@@ -176,8 +188,7 @@ def phases(sweep: Sweep, choose: Callable[[Cell], float]) -> Iterator[list[Job]]
         return Job(cell, tuple(sources), operation, splits, sweep.limit)
 
     def trained(chosen: Sequence[Cell], seeds: Sequence[int]) -> list[Job]:
-        both = ("validation", "test")
-        return [made(cell, [run_of(sweep, cell, seed)], ALONE, both) for cell in chosen for seed in seeds]
+        return [training(cell, run_of(sweep, cell, seed), sweep.limit) for cell in chosen for seed in seeds]
 
     tuned = sweep.seeds if asked.rates == "all" or not sweep.tuned_on else sweep.tuned_on
     frozen = [cell for cell in every if (cell.arm, cell.rate) == (next(iter(sweep.arms)), sweep.rates[0])]

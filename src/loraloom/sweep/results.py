@@ -3,78 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from loraloom import __version__
+from loraloom.recipe import read as read_recipe
 from loraloom.report import Bars, Curve, Heatmap, Panel, Report, Series, Table
+from loraloom.sweep.found import Found, gap_of, means, rounded, spread
 from loraloom.sweep.operations import operations
 from loraloom.sweep.plan import Cell, cells
 from loraloom.sweep.table import Sweep
-from loraloom.sweep.work import Journal, chooser, finished
-from loraloom.tasks.metrics import difference
+from loraloom.sweep.work import Journal
 
-Outcomes = Mapping[int, np.ndarray]  # by first seed: the outcome of every example
-Key = tuple[Cell, str]  # a place of the table and the name of an operation
 Place = tuple[tuple[str, ...], str]  # axes and task
-
-
-def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
-    """Mean and Student's interval of it over seeds; one value has none.
-
-    Example:
-        >>> [round(end, 3) for end in spread([0.8, 0.9])]
-        [0.85, 0.215, 1.485]
-    """
-    mean, count = float(np.mean(values)), len(values)
-    if count == 1:
-        return mean, None, None
-    half = float(stdtrit(count - 1, 0.5 + level / 2)) * float(np.std(values, ddof=1)) / count**0.5
-    return mean, mean - half, mean + half
-
-
-def _rounded(*values: float | None) -> tuple[float | None, ...]:
-    return tuple(None if value is None else round(float(value), 4) + 0.0 for value in values)  # no -0
-
-
-class Found:
-    """All outcomes of a finished sweep by place and operation."""
-
-    def __init__(self, sweep: Sweep, journal: Journal) -> None:
-        self.sweep, self.journal = sweep, journal
-        self.choose = chooser(sweep, journal)
-        self.jobs = finished(sweep, journal)
-        drawn: dict[Key, dict[int, list[np.ndarray]]] = {}  # a coalition has several draws a seed
-        self.validation: dict[Cell, list[float]] = {}
-        for job in self.jobs:
-            outcome = journal.correct(job, job.splits[-1])
-            drawn.setdefault((job.cell, job.operation.name), {}).setdefault(job.seed, []).append(outcome)
-            if job.operation.how == "alone" and job.seed in (sweep.tuned_on or sweep.seeds):
-                value = float(journal.correct(job, "validation").mean())
-                self.validation.setdefault(job.cell, []).append(value)
-        self.by: dict[Key, dict[int, np.ndarray]] = {
-            key: {seed: np.mean(outcomes, axis=0) for seed, outcomes in seeds.items()} for key, seeds in drawn.items()
-        }
-
-    @property
-    def chosen(self) -> list[Cell]:
-        """The places with the chosen rate, in order."""
-        places = dict.fromkeys((cell.axes, cell.task) for cell in cells(self.sweep))
-        return [self.at(arm, *place) for place in places for arm in self.sweep.arms]
-
-    def first(self, cell: Cell) -> Cell:
-        """The place of the first arm that a place is compared with, at that arm's own choice."""
-        return self.at(next(iter(self.sweep.arms)), cell.axes, cell.task)
-
-    def at(self, arm: str, axes: tuple[str, ...], task: str) -> Cell:
-        """The place of an arm at its chosen rate."""
-        return Cell(arm, axes, task, self.choose(Cell(arm, axes, task, 0.0)))
+_OVER_SEEDS = "95 % interval by the jackknife over seeds, which is Student's where no two share one; none for few"
 
 
 def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int) -> Report:
@@ -90,11 +35,10 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     panels.append(_time(found))
     panels += [_against(found, names)] if len(sweep.arms) > 1 else []
     panels.append(_all(found, names))  # the longest ones last
+    told: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
     about = {
-        "sweep": sweep.model_dump(mode="json", exclude={"recipe"}, exclude_defaults=True)
-        | {"recipe": sweep.recipe.name},
-        "version": __version__,
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "sweep": sweep.model_dump(**told, exclude={"recipe"}) | {"recipe": sweep.recipe.name},
+        "recipe": read_recipe(sweep.recipe).model_dump(**told, exclude={"task", "seed", "output"}),
         "seconds of the last call": round(seconds, 1),
         "processes of the last call": processes,
         "jobs": len(found.jobs),
@@ -135,13 +79,13 @@ def _all(found: Found, names: Sequence[str]) -> Table:
     for cell in found.chosen:
         for name in names:
             if outcomes := found.by.get((cell, name)):
-                told = (*_rounded(*spread([float(one.mean()) for one in outcomes.values()])), len(outcomes))
+                told = (*rounded(*spread(means(outcomes))), len(outcomes))
                 rows.append((*_where(found.sweep, cell), name, cell.arm, *told))
     return Table(
         "Accuracy at the chosen rates",
         (*_columns(found.sweep), "measurement", "arm", "mean", "low", "high", "n"),
         tuple(rows),
-        note="Student's 95 % interval over n seeds, or groups of seeds, which overlap from three on; none for n = 1.",
+        note=f"On {found.sweep.measure.split}. Means of n seeds, or n groups of seeds; {_OVER_SEEDS}.",
     )
 
 
@@ -150,7 +94,7 @@ def _against(found: Found, names: Sequence[str]) -> Table:
     for cell in found.chosen:
         other = found.first(cell)
         for name in names if other.arm != cell.arm else ():
-            gap = _gap(found.by.get((cell, name)), found.by.get((other, name)))
+            gap = gap_of(found.by.get((cell, name)), found.by.get((other, name)))
             if gap is not None:
                 rows.append((*_where(found.sweep, cell), name, cell.arm, *gap))
     reference = next(iter(found.sweep.arms))
@@ -159,8 +103,8 @@ def _against(found: Found, names: Sequence[str]) -> Table:
         f"Against {reference}",
         (*_columns(found.sweep), "measurement", "arm", *told),
         tuple(rows),
-        note=f"Accuracy minus that of {reference} on the same examples and seeds, each arm at its own chosen rate. "
-        "95 % intervals: Student's over seeds, and a paired bootstrap over examples for these seeds.",
+        note=f"Accuracy on {found.sweep.measure.split} minus that of {reference} on the same examples and seeds, each "
+        f"arm at its own chosen rate. Over seeds: {_OVER_SEEDS}; over examples: a paired bootstrap for these seeds.",
     )
 
 
@@ -171,15 +115,16 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
     bars: dict[tuple[tuple[str, ...], str], list[tuple[str, Any]]] = {}
     for axes, name, arm in product(dict.fromkeys(cell.axes for cell in found.chosen), names, sweep.arms):
         pairs = [[found.by.get((found.at(a, axes, task), name), {}) for a in (arm, reference)] for task in sweep.tasks]
-        seeds = [seed for seed in sweep.seeds if all(seed in one for pair in pairs for one in pair)]
-        if seeds:
-            means = np.array([[[one[seed].mean() for seed in seeds] for one in pair] for pair in pairs])
-            gaps = means[:, 0] - means[:, 1]  # tasks x seeds
-            told = (gaps.mean(), *spread(gaps.mean(axis=0))[1:], *spread(gaps.mean(axis=1))[1:])
+        groups = [group for group in pairs[0][0] if all(group in one for pair in pairs for one in pair)]
+        if groups:
+            scores = np.array([[[one[group].mean() for group in groups] for one in pair] for pair in pairs])
+            gaps = scores[:, 0] - scores[:, 1]  # tasks x groups of seeds
+            over_seeds = spread(dict(zip(groups, gaps.mean(axis=0), strict=True)))
+            told = (*over_seeds, *spread({(at,): gap for at, gap in enumerate(gaps.mean(axis=1))})[1:])
             where = _where(sweep, Cell(arm, axes, "", 0.0))[:-1]
-            rows.append((*where, name, arm, *_rounded(means[:, 0].mean(), *(told if arm != reference else [None] * 5))))
-            if arm != reference and len(seeds) > 1:
-                bars.setdefault((axes, arm), []).append((name, _rounded(*told[:3])))
+            rows.append((*where, name, arm, *rounded(scores[:, 0].mean(), *(told if arm != reference else [None] * 5))))
+            if arm != reference and told[1] is not None:
+                bars.setdefault((axes, arm), []).append((name, rounded(*told[:3])))
     columns = (
         "measurement",
         "arm",
@@ -194,8 +139,9 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
         "Over the tasks",
         (*_columns(sweep)[:-1], *columns),
         tuple(rows),
-        note=f"Accuracy averaged over the {len(sweep.tasks)} tasks. 95 % intervals, both Student's: over seeds, of the "
-        "gap averaged over the tasks; over tasks, of the gap averaged over the seeds (what other tasks would show).",
+        note=f"Accuracy on {sweep.measure.split}, averaged over the {len(sweep.tasks)} tasks. Over seeds, of the gap "
+        f"averaged over the tasks: {_OVER_SEEDS}. Over tasks, of the gap averaged over the seeds (what other tasks "
+        "would show): Student's 95 % interval.",
     )
     tables = list(dict.fromkeys(axes for axes, _ in bars))
     for axes in tables:
@@ -209,7 +155,7 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
             f"accuracy minus {reference}",
             tuple(dict.fromkeys(str(name) for one in series for name in one.x)),
             tuple(series),
-            note="Means over the tasks, intervals over the seeds.",
+            note=f"Means over the tasks. Over seeds: {_OVER_SEEDS}.",
         )
 
 
@@ -229,13 +175,13 @@ def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
     for name, arm in product(names, others):
         gaps = {}
         for cell in every:
-            gap = _gap(found.by.get((replace(cell, arm=arm), name)), found.by.get((cell, name)))
+            gap = gap_of(found.by.get((replace(cell, arm=arm), name)), found.by.get((cell, name)))
             if gap is not None and gap[0] is not None:
                 gaps[cell] = gap[0]
         if gaps:
-            means = [[gaps[cell] for cell in there if cell in gaps] for there in (every, *settings.values())]
+            parts = [[gaps[cell] for cell in there if cell in gaps] for there in (every, *settings.values())]
             better = f"{sum(gap > 0 for gap in gaps.values())} of {len(gaps)}"
-            rows.append((name, arm, better, *(round(float(np.mean(one)), 4) if one else None for one in means)))
+            rows.append((name, arm, better, *(round(float(np.mean(one)), 4) if one else None for one in parts)))
     return Table(
         f"Where the gap to {reference} grows",
         ("measurement", "arm", "better in", "everywhere", *settings),
@@ -245,36 +191,19 @@ def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
     )
 
 
-def _gap(one: Outcomes | None, other: Outcomes | None) -> tuple[float | None, ...] | None:
-    """Mean difference with both intervals, over the seeds that both have."""
-    shared = [seed for seed in one or {} if seed in (other or {})]
-    if one is None or other is None or not shared:
-        return None
-    mean, low, high = spread([float(one[seed].mean() - other[seed].mean()) for seed in shared])
-    pooled = difference(*(np.mean([each[seed] for seed in shared], axis=0) for each in (one, other)))
-    return _rounded(mean, low, high, pooled.low, pooled.high)
-
-
 def _barriers(found: Found) -> Table | None:
     """How far the path between two seeds sags below the line between its ends."""
     asked = found.sweep.measure.interpolate
     rows = []
     for cell in found.chosen if asked else ():
-        seeds = found.sweep.seeds
-        after = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
         for space in asked.spaces if asked else ():
-            heights = []
             points = [one for one in operations(found.sweep) if one.arguments.get("space") == space]
             path = [(one.arguments["at"], found.by[cell, one.name]) for one in points if one.how == "interpolate"]
-            for seed in path[0][1]:
-                ends = [float(found.by[cell, "alone"][end].mean()) for end in (seed, after[seed])]
-                sag = [
-                    (1 - at) * ends[0] + at * ends[1] - float(outcomes[seed].mean())
-                    for at, outcomes in path
-                    if seed in outcomes
-                ]
-                heights.append(max(sag))
-            told = _rounded(*spread(heights))
+            heights = {}
+            for group in path[0][1]:
+                a, b = (float(found.by[cell, "alone"][end,].mean()) for end in group)
+                heights[group] = max((1 - at) * a + at * b - float(outcomes[group].mean()) for at, outcomes in path)
+            told = rounded(*spread(heights))
             rows.append((*_where(found.sweep, cell), space, cell.arm, *told, len(heights)))
     if not rows:
         return None
@@ -283,7 +212,7 @@ def _barriers(found: Found) -> Table | None:
         (*_columns(found.sweep), "space", "arm", "height", "low", "high", "n"),
         tuple(rows),
         note="The most that accuracy on the path between two seeds lies below the line between its ends; below 0 the "
-        "path is above the line at every point that was measured.",
+        f"path is above the line at every point that was measured. Means of n pairs; {_OVER_SEEDS}.",
     )
 
 
@@ -302,7 +231,7 @@ def _paths(found: Found) -> Iterator[Panel]:
                 points = sorted(
                     (one for one in points if one.how == "interpolate"), key=lambda one: one.arguments["at"]
                 )
-                values = [spread([float(o.mean()) for o in found.by[cell, one.name].values()])[0] for one in points]
+                values = [spread(means(found.by[cell, one.name]))[0] for one in points]
                 series.append(
                     Series(f"{cell.arm}, {space}", tuple(one.arguments["at"] for one in points), tuple(values))
                 )
@@ -326,7 +255,7 @@ def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
         return float(np.mean([one.mean() for one in outcomes.values()])) if outcomes else None
 
     def gap(name: str, arm: str, place: Place, rate: float) -> float | None:
-        told = _gap(*(found.by.get((Cell(one, *place, rate), name)) for one in (arm, first)))
+        told = gap_of(*(found.by.get((Cell(one, *place, rate), name)) for one in (arm, first)))
         return None if told is None else told[0]
 
     for name in names if sweep.measure.rates == "all" else ["alone"]:
@@ -359,7 +288,7 @@ def _summary(found: Found) -> str:
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
     for arm in list(sweep.arms)[1:]:
         cells = [cell for cell in found.chosen if cell.arm == arm]
-        gaps = [_gap(found.by.get((c, name)), found.by.get((found.first(c), name))) for c in cells for name in names]
+        gaps = [gap_of(found.by.get((c, name)), found.by.get((found.first(c), name))) for c in cells for name in names]
         ends = [(gap[1], gap[2]) for gap in gaps if gap is not None]
         told = [(low, high) for low, high in ends if low is not None and high is not None]
         better, worse = sum(low > 0 for low, _ in told), sum(high < 0 for _, high in told)
@@ -373,7 +302,7 @@ def _summary(found: Found) -> str:
 def _records(found: Found) -> Iterator[dict[str, Any]]:
     for (cell, name), outcomes in found.by.items():
         where = dict(zip(_columns(found.sweep), _where(found.sweep, cell), strict=True))
-        values = {str(seed): float(one.mean()) for seed, one in outcomes.items()}
+        values = {str(group[0]): value for group, value in means(outcomes).items()}
         yield {
             **where,
             "arm": cell.arm,

@@ -32,7 +32,7 @@ from loraloom.report import replace_file
 from loraloom.run import bench_of, train_on
 from loraloom.store import load
 from loraloom.sweep.operations import Base, operations
-from loraloom.sweep.plan import Cell, Job, phases, run_key
+from loraloom.sweep.plan import Cell, Job, phases, run_key, training
 from loraloom.sweep.table import Sweep
 from loraloom.untrusted import is_number, read_json, short
 
@@ -184,10 +184,23 @@ class Worker:
                 if one.how == "prune":
                     one.applied([adapter], self._base(job))
             return adapter, seconds, False
-        places = [self._place(one) for one in job.sources]
-        if not all(place.exists() for place in places):
+        if any(self._broke(job, one) for one in job.sources):
             return None, None, True
+        places = [self._place(one) for one in job.sources]
         return job.operation.applied([load(place) for place in places], self._base(job)).loaded(), None, False
+
+    def _broke(self, job: Job, recipe: Recipe) -> bool:
+        """Whether the training of a source broke down, so that it left no adapter.
+
+        Raises:
+            ValueError: it left one, and that is gone.
+        """
+        before = training(job.cell, recipe, job.limit)
+        broke = bool((self.journal.get(before) or {}).get("broken"))
+        if not broke and not (place := self._place(recipe)).exists():
+            entry = self.journal.folder / f"{before.key}.json"
+            raise ValueError(f"{place} is gone; put it back, or remove {entry} and it is trained again")
+        return broke
 
     @staticmethod
     def _base(job: Job) -> Base:
