@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,13 @@ _UNABLE = (
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, *, overwrite: bool, mark: str, what: str) -> Iterator[Path]:
+def whole_folder(target: Path, *, overwrite: bool, mark: str | Callable[[Path], bool], what: str) -> Iterator[Path]:
     """A folder to work in; it gets the name ``target`` when the block ends well, and is removed otherwise.
 
     Args:
         target: the new folder, absolute; its parents are made.
         overwrite: replace a folder that is there.
-        mark: the file by which a folder that may be replaced is known.
+        mark: the file by which a folder that may be replaced is known, or a function that knows one.
         what: what such a folder is called in messages.
 
     Raises:
@@ -71,8 +71,10 @@ def whole_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
         sync_folder(target.parent)
 
 
-def refuse_taken(target: Path, *, overwrite: bool, mark: str, what: str) -> None:
+def refuse_taken(target: Path, *, overwrite: bool, mark: str | Callable[[Path], bool], what: str) -> None:
     """Refuse a path that is taken, or that --overwrite must not remove: only a folder with the mark may be replaced.
+
+    With a file as the mark, a folder that has subfolders is not; an empty folder always is.
 
     Raises:
         FileExistsError: says which.
@@ -81,14 +83,44 @@ def refuse_taken(target: Path, *, overwrite: bool, mark: str, what: str) -> None
         return
     if not overwrite:
         raise _taken(target)
-    held = [] if not target.is_dir() else list(target.iterdir())
-    plain = target.is_dir() and not any(item.is_dir() and not item.is_symlink() for item in held)
-    if not plain or (held and not (target / mark).is_file()):
+    known = _marked(mark) if isinstance(mark, str) else mark
+    if not target.is_dir() or (any(target.iterdir()) and not known(target)):
         raise FileExistsError(f"{target} is not just {what}, so it is not overwritten; remove it yourself")
+
+
+def _marked(mark: str) -> Callable[[Path], bool]:
+    def known(folder: Path) -> bool:
+        inner = any(item.is_dir() and not item.is_symlink() for item in folder.iterdir())
+        return not inner and (folder / mark).is_file()
+
+    return known
 
 
 def _taken(target: Path) -> FileExistsError:
     return FileExistsError(f"{target} exists; give another path or --overwrite (overwrite=True)")
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, busy: str) -> Iterator[None]:
+    """Hold the lock of a folder while the block runs; where the file system has no locks, nothing is held.
+
+    Args:
+        folder: it must be there.
+        busy: what is said where another process holds the lock.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(folder))
+        except BlockingIOError:
+            raise BlockingIOError(busy) from None
+        except FileNotFoundError:
+            raise
+        except OSError:
+            pass
+        yield
 
 
 # --- the place to work in ---------------------------------------------------------------------------------------------
@@ -135,6 +167,8 @@ def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle), folder.stat()):  # removed and made again since it was opened
+            raise BlockingIOError
         yield
     finally:
         os.close(handle)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import tempfile
 import time
@@ -21,17 +21,19 @@ from typing import Any
 import torch
 
 from loraloom import report
-from loraloom.demo.page import page_of
+from loraloom.demo.page import TITLE, page_of
 from loraloom.demo.study import STRUCTURED, Say, Settings, Study
+from loraloom.folders import whole_folder
 from loraloom.integrations.processes import end_with_parent
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
 from loraloom.recipe import Recipe, bundled_recipe, parse
-from loraloom.run import bench_of, check_output, train_on
+from loraloom.run import bench_of, train_on
 from loraloom.store import load
 
 METHODS = {"LoRA": "demo/lora.yaml", "CoTo": "demo/coto.yaml"}
+_WRITTEN = re.compile(r"results\.json|report\.(html|md)|adapters(/(lora|coto)-[^/]+-\d+(/[^/]+)?)?")
 _BENCHES: dict[str, Any] = {}  # of a process that trains: that of the task of its last run
 
 
@@ -39,42 +41,32 @@ def run(out: Path, *, overwrite: bool = False, settings: Settings | None = None,
     """Run the demo and write adapters, ``results.json``, ``report.html`` and ``report.md`` below ``out``.
 
     Raises:
-        FileExistsError: ``out`` exists and ``overwrite`` is off.
+        FileExistsError: ``out`` exists and ``overwrite`` is off, or it is not just what a demo wrote.
     """
     began = time.perf_counter()
-    check_output(out, overwrite)
     settings = settings or Settings()
-    recipes = {method: _adjusted(bundled_recipe(name), settings) for method, name in METHODS.items()}
-    study = Study(settings, recipes, say)
-    plain = recipes["LoRA"]
-    say(f"{plain.model} on {', '.join(study.tasks)}; LoRA and CoTo, {plain.train.steps} steps each")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    target, kind = Path(os.path.realpath(out)), "what a demo wrote"
+    with whole_folder(target, overwrite=overwrite, mark=_is_demo, what=kind) as work:
+        recipes = {method: _adjusted(bundled_recipe(name), settings) for method, name in METHODS.items()}
+        study = Study(settings, recipes, say)
+        plain = recipes["LoRA"]
+        say(f"{plain.model} on {', '.join(study.tasks)}; LoRA and CoTo, {plain.train.steps} steps each")
         _measure_all(study, work)
         made = report.ran(page_of(study, time.perf_counter() - began), "loraloom demo")
         report.write(made, work)
-        work.chmod(0o755)
-        _put_in_place(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     say(made.summary)
     say(f"report {out / 'report.html'}; results {out / 'results.json'}; {time.perf_counter() - began:.0f} s")
     return made
 
 
-def _put_in_place(work: Path, out: Path) -> None:
-    """Rename; what was there goes only when the new folder stands, and comes back if it does not."""
-    before = work.with_name(f"{work.name}.replaced")
-    if out.exists():
-        out.rename(before)
+def _is_demo(folder: Path) -> bool:
+    """Whether a demo wrote a folder, and nothing was put to it."""
+    if not all(_WRITTEN.fullmatch(path.relative_to(folder).as_posix()) for path in folder.rglob("*")):
+        return False
     try:
-        work.rename(out)
-    except OSError:
-        if before.exists():
-            before.rename(out)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        return report.read([folder]).title == TITLE
+    except (ValueError, OSError):
+        return False
 
 
 def _measure_all(study: Study, work: Path) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 from loraloom import report
 from loraloom.demo.study import STRUCTURED, Study
 
+TITLE = "loraloom demo: LoRA and CoTo, taken apart and put together"
+
 
 def page_of(study: Study, seconds: float) -> report.Report:
     """The page of a finished study."""
     return report.Report(
-        title="loraloom demo: LoRA and CoTo, taken apart and put together",
+        title=TITLE,
         summary=_summary(study),
         panels=(
             report.Table(
