@@ -17,6 +17,7 @@ import loraloom as ll
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
 from loraloom.masks import Mask, support
 from loraloom.probes.interference import Interference
+from loraloom.probing import interference_report_of
 from oracles.ops_dense import delta, random_adapter, random_factors
 
 SIZES = {"layers.0.q": (9, 7, 3), "layers.0.v": (6, 7, 2), "layers.1.q": (9, 7, 3)}
@@ -345,3 +346,30 @@ def test_the_geometry_of_equal_adapters():
     assert found.explained == (0.0, 0.0) and set(map(tuple, found.positions)) == {(0.0, 0.0)}
     assert max(max(row) for row in found.distance) < 1e-6
     assert found.to_json()["cosine"][0] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def rank_one(column: list[float], row: list[float], scale: float = 1.0) -> Factors:
+    return Factors(B=torch.tensor(column)[:, None], A=torch.tensor(row)[None], scale=scale)
+
+
+def test_the_summary_names_the_worst_module_of_the_pair_that_it_names() -> None:
+    """a and b interfere most, in layer 0; b and c are the same in a module that hardly counts."""
+    near, one, other = [0.8, 0.6], [1.0, 0.0], [0.0, 1.0]
+    adapters = [
+        Adapter({}, {"layers.0.q": rank_one(one, one, 9.0), "layers.1.q": rank_one(other, other)}),
+        Adapter({}, {"layers.0.q": rank_one(near, one, 9.0), "layers.1.q": rank_one(one, one)}),
+        Adapter({}, {"layers.0.q": rank_one(other, other, 9.0), "layers.1.q": rank_one(one, one)}),
+    ]
+    report = interference_report_of(ll.interference(adapters), ["a", "b", "c"])
+    assert report.summary.startswith("Of 3 pairs a | b interfere most: ")
+    assert report.summary.endswith("; worst in layers.0.q.")
+    rows = next(panel for panel in report.panels if panel.title.startswith("The worst module")).rows
+    assert [row[:3] for row in rows] == [("layers.0", "layers.0.q", "a | b"), ("layers.1", "layers.1.q", "b | c")]
+
+
+def test_figures_of_one_pair_are_written_each_for_itself() -> None:
+    """A distance of 718.4 beside a cosine of -0.003 must not make it -0.0."""
+    a = Adapter({}, {"fc": rank_one([1.0, 0.0], [1.0, 0.0], 500.0)})
+    b = Adapter({}, {"fc": rank_one([-0.003, 1.0], [1.0, 0.0], 500.0)})
+    page = interference_report_of(ll.interference([a, b]), ["a", "b"]).to_markdown()
+    assert "| distance | 708.2 |" in page and "| cosine | -0.003 |" in page and "| column angle | 89.83 |" in page

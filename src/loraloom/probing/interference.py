@@ -114,7 +114,8 @@ def interference_report_of(found: Interference, names: Sequence[str]) -> Report:
         for figure in ("interference", "cosine", "sign conflict")
         if first.get(figure) is not None
     )
-    worst = max(layers, key=lambda row: row[3 + list(first).index("interference")] or 0.0)[1]
+    i, j = pairs[0]
+    worst = max(found.modules, key=lambda name: found.modules[name].tsv[i][j] or 0.0)
     most = (
         f"Of {len(pairs)} pairs {pair_of(names, *pairs[0])} interfere most" if len(pairs) > 1 else pair_of(names, 0, 1)
     )

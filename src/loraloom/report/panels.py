@@ -351,12 +351,17 @@ def numbers(cells: Sequence[Cell], significant: int = 4) -> list[str]:
     """Cells of one column as people read them: numbers with the same count of decimals, so that they line up.
 
     Text stays, None is a dash, very large and very small numbers have an exponent, all others as many decimals as show
-    the significant digits of the largest, and no more than the values need.
+    the significant digits of the largest, and no more than the values need. Numbers beside text are of several
+    quantities: each is written for itself.
 
     Example:
         >>> numbers([0.9, 0.98125, None]), numbers([12000, 3]), numbers([0.00001])
         (['0.9000', '0.9812', '–'], ['12000', '3'], ['1.000e-05'])
+        >>> numbers(["a | b", 718.4, -0.003])
+        ['a | b', '718.4', '-0.003']
     """
+    if len(cells) > 1 and any(isinstance(cell, str) for cell in cells):
+        return [number(cell) for cell in cells]
     sizes = [abs(cell) for cell in cells if isinstance(cell, float) and cell != 0]
     largest = max(sizes, default=0.0)
     wide = largest >= 1e7 or (bool(sizes) and largest < 1e-3)
