@@ -187,6 +187,27 @@ def test_adapters_that_the_user_disabled_stay_so():
     assert Gates(model).state() == (True, False, True)
 
 
+def test_other_passes_inside_see_all_adapters_and_training_goes_on_as_drawn():
+    model = lora(dropout=0.1)
+    layers, x, seen = model.base_model.model.layers, torch.ones(1, WIDTH), []
+    layers[0].inner.register_forward_pre_hook(lambda *_: seen.append(gates.settings()))
+    for plan in (CoTo(total_steps=100), ProgressiveDropout(total_steps=100)):
+        with plan.applied(model, 10) as gates:
+            wanted = gates.settings()
+            model.train()(x)
+            with torch.no_grad():
+                model(x)
+            model.eval()(x)
+            model.train()(x)
+        assert seen == [wanted, ((True,) * 3, [0.1] * 3), ((True,) * 3, [0.1] * 3), wanted]
+        seen.clear()
+    with CoTo(total_steps=100).applied(model, 0):
+        loss = model(x).sum()
+    loss.backward()  # outside
+    assert Gates(model).state() == (True,) * 3
+    assert not any(module._forward_hooks for module in (layers, model.base_model.model))
+
+
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=5))
 def test_any_sequence_of_sets_ends_as_the_last_and_opens(states):
@@ -319,6 +340,26 @@ def test_checkpointed_gradients_are_the_plain_ones(state, reentrant):
     for name, grad in plain.items():
         assert (grad is None) == (checkpointed[name] is None) == (not state[int(name.split("layers.")[1][0])])
         assert grad is None or torch.equal(grad, checkpointed[name])
+
+
+@pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled:UserWarning")
+@pytest.mark.parametrize(("checkpointing", "reentrant"), [(False, False), (True, False), (True, True)])
+def test_a_reference_pass_in_a_step_changes_nothing(checkpointing, reentrant):
+    ids, plan, found = torch.arange(12).reshape(2, 6), CoTo(total_steps=10), []
+    for reference in (False, True):
+        model = llama_with_lora(checkpointing, reentrant)
+        with plan.applied(model, 2) as gates:
+            wanted = gates.state()
+            loss = model(input_ids=ids, labels=ids).loss
+            if reference:
+                with torch.no_grad(), model.disable_adapter():
+                    off = model(input_ids=ids).logits
+                    assert torch.equal(off, llama()(input_ids=ids).logits)
+            loss.backward()
+            assert gates.state() == wanted != (True,) * 3
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_what_else_is_trained_below_still_learns_through_reentrant_checkpoints():

@@ -5,13 +5,14 @@ A closed gate costs nothing in forward and leaves no gradient; ``requires_grad``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.adalora import heed_absence, mute, unmute
@@ -52,6 +53,7 @@ class Gates:
     Attributes:
         units: unit names in order.
         modules: module paths in the base model, by unit.
+        inner: the module that every forward passes through, ``generate``'s too: the base model within PEFT's.
 
     Raises:
         ValueError: the model has no PEFT layers, or ``unit`` matches none.
@@ -62,6 +64,7 @@ class Gates:
         self._layers = _tuner_layers(model)
         if not self._layers:
             raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers to switch; add an adapter first")
+        self.inner = _inner(model)
         self._start = _start_that_changes_base(model)
         self._refuse_merged()
         _free_inputs(model)
@@ -109,6 +112,10 @@ class Gates:
             not any(layer.disable_adapters for name in self.modules[unit] for layer in self._layers[name])
             for unit in self.units
         )
+
+    def settings(self) -> tuple[tuple[bool, ...], list[float]]:
+        """The state, and the probabilities of the input dropouts."""
+        return self.state(), [drop.p for drop in self._found_dropout]
 
     def set_dropout(self, p: float) -> None:
         """Give every adapter's input dropout the probability ``p``, in [0, 1).
@@ -170,6 +177,8 @@ class Gates:
 def applied(plan: Strategy, model: nn.Module, step: int) -> Iterator[Gates]:
     """The model in the state that ``plan`` has for ``step`` inside, exactly as before afterwards (also when nested).
 
+    Passes that are not differentiated (evaluation, generation, a reference model) see all adapters inside, too.
+
     Raises:
         ValueError: the model has no PEFT layers, or ``plan`` cannot be carried out on them.
     """
@@ -177,13 +186,62 @@ def applied(plan: Strategy, model: nn.Module, step: int) -> Iterator[Gates]:
     layers = [layer for some in gates._layers.values() for layer in some]
     closed = [layer in _closed for layer in layers]
     try:
-        plan.apply(gates, step)
-        yield gates
+        with drawn(plan, gates, step):
+            yield gates
     finally:
-        gates.open()
         for layer, was_closed in zip(layers, closed, strict=True):
             if was_closed:
                 _close(layer)
+
+
+@contextmanager
+def drawn(plan: Strategy, gates: Gates, step: int) -> Iterator[None]:
+    """Gates as ``plan`` has them for ``step`` in all passes that will be differentiated; others see all adapters.
+
+    The backward pass sees the draw too, whatever ran in between: checkpoints are computed again there.
+    """
+    inside = True
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if module.training and torch.is_grad_enabled():
+            restore()
+        elif any(gates.state()):  # else the adapter is switched off as a whole: a reference model, as in TRL's DPO
+            gates.open()
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(restore)
+
+    def restore(*_: Any) -> None:
+        if inside and gates.settings() != wanted:
+            plan.apply(gates, step)
+
+    hooks: list[Any] = []
+    try:
+        plan.apply(gates, step)
+        wanted = gates.settings()
+        hooks += [gates.inner.register_forward_pre_hook(before), gates.inner.register_forward_hook(after)]
+        yield
+    finally:
+        inside = False
+        for hook in hooks:
+            hook.remove()
+        gates.open()
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The base model of the one PEFT model in it, if there is one."""
+    from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    adapted = [module for module in model.modules() if isinstance(module, PeftModel)]
+    return adapted[0].get_base_model() if len(adapted) == 1 else model
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
@@ -276,9 +334,11 @@ class _FromHereOn:
 
     def __call__(self, function: Any, *args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, Tensor)]
-        if any(value.requires_grad for value in tensors) or not torch.is_grad_enabled():
+        if not tensors or not torch.is_grad_enabled():
+            return function(*args)
+        if any(value.requires_grad for value in tensors):
             return self.run(function, *args)
-        if not tensors or not _learns(self.layer):
+        if not _learns(self.layer):
             return function(*args)
         first = next(at for at, value in enumerate(args) if value is tensors[0])
         asked = tensors[0].detach().requires_grad_()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from loraloom.integrations.gates import Gates
+from loraloom.integrations.gates import Gates, drawn
 from loraloom.integrations.reduction import is_replicated, reduce_gradients, taking_part
 from loraloom.strategies import Strategy
 
@@ -185,45 +185,19 @@ class _Run:
         self.gates = Gates(model, plan.unit)
         self.gates.open()
         self.weights = self.gates.parameters()
-        self.model = _inner(model)
-        self.hooks: tuple[Any, ...] = ()
+        self.block = ExitStack()
         self.step = 0
         self.active: tuple[bool, ...] = ()
 
     def draw(self, step: int) -> None:
+        self.block.close()
         self.step = step
-        self.plan.apply(self.gates, step)
+        self.block.enter_context(drawn(self.plan, self.gates, step))
         self.active = self.gates.state()
-        if not self.hooks:
-            before = self.model.register_forward_pre_hook(self._before_forward)
-            self.hooks = (before, self.model.register_forward_hook(self._after_forward))
 
     def open(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = ()
+        self.block.close()
         self.gates.open()
-
-    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
-        """Within a step: the draw is for passes that will be differentiated, all others see all adapters."""
-        if torch.compiler.is_compiling():
-            return
-        if module.training and torch.is_grad_enabled():
-            self._as_drawn()
-        elif any(self.gates.state()):  # else the adapter is switched off as a whole: a reference model, as in TRL's DPO
-            self.gates.open()
-
-    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """The backward pass sees the draw too, whatever ran in between: checkpoints are computed again there."""
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
-            return
-        for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
-            if isinstance(part, Tensor) and part.requires_grad:
-                part.register_hook(lambda _: self._as_drawn())
-
-    def _as_drawn(self) -> None:
-        if self.gates.state() != self.active:
-            self.plan.apply(self.gates, self.step)
 
     def report(self, grads: bool) -> dict[str, float | Tensor]:
         """The numbers of the step drawn last. Norms stay on the device: the wait for them comes with the log."""
@@ -308,15 +282,6 @@ def _will_log(args: Any, state: Any, step: int) -> bool:
     if args.logging_strategy == IntervalStrategy.STEPS:
         return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
     return args.logging_strategy != IntervalStrategy.NO
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module that every forward passes through, ``generate``'s too: the base model within PEFT's."""
-    from accelerate.utils import extract_model_from_parallel
-    from peft import PeftModel
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _calling_trainer() -> Trainer | None:
