@@ -190,8 +190,44 @@ def absent(technique, method):
         same(*(deltas_of(merge([one, other], method, **known)) for other in (lacking, zeros)))
 
 
+def knobs(technique, method):
+    """A knob that is given acts on one adapter of weight 1 as on one of almost 1."""
+    takes = inspect.signature(technique.function).parameters.values()
+    for knob in [p for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "statistics")]:
+        one, known = [adapter(1, 3, 2.0)], {knob.name: another(knob.default)}
+        known["statistics"] = statistics_of(technique, one, technique.facts.get("space", "delta"))
+        same(*(deltas_of(merge(one, method, [weight], **known)) for weight in (1.0, 1.0 + 1e-9)))
+
+
+def idle(technique, method):
+    """An adapter of weight 0 changes nothing, in any place and in any module."""
+    for space in spaces(technique):
+        adapters = [adapter(seed, 2, 2.0) for seed in (1, 2, 3)]
+        known = statistics_of(technique, adapters, space)
+        for weights in ([0.4, 0.0, 0.6], [0.0, 1.0, 0.0]):
+            used = [at for at, weight in enumerate(weights) if weight]
+            few = known and [known[at] for at in used]
+            alone = merge(
+                [adapters[at] for at in used], method, [weights[at] for at in used], space=space, statistics=few
+            )
+            for given in (weights, dict.fromkeys(SIZES, weights)):
+                same(deltas_of(alone), deltas_of(merge(adapters, method, given, space=space, statistics=known)))
+        if not SPACES[space].same:  # a module that those of weight 0 alone have
+            lacking = replace(adapters[1], modules={"layers.1.q": adapters[1].modules["layers.1.q"]})
+            few = known and known[:2]
+            merged = merge([adapters[0], lacking], method, [0.0, 1.0], space=space, statistics=few)
+            assert not merged.modules["layers.0.q"].delta().any()
+
+
+def another(default):
+    """A value of a knob that is not its default."""
+    if isinstance(default, str):
+        return "iso_c"
+    return 1 if default is None else default // 2 if isinstance(default, int) else default / 2
+
+
 OF_FUNCTIONS = {law.__name__: law for law in (source, inputs, order, single, scaling, zero, seeded, linear)}
-OF_ADAPTERS = {law.__name__: law for law in (whole, gauge, absent)}
+OF_ADAPTERS = {law.__name__: law for law in (whole, gauge, absent, knobs, idle)}
 LAWS = {**OF_FUNCTIONS, **OF_ADAPTERS}
 
 
@@ -277,7 +313,7 @@ def test_a_law_can_fail(law, function, facts):
 def test_laws_of_adapters_can_fail(monkeypatch):
     state = iter(range(1000))
 
-    def drifting(deltas, weights):
+    def drifting(deltas, weights, *, knob: float = 1.0):
         return _sum(deltas, weights) * (1 + next(state))
 
     technique = Technique("drifting", drifting)

@@ -91,6 +91,17 @@ def test_the_budget_is_kept_and_the_start_comes_first(budget):
     assert found.score >= found.trace[0].score
 
 
+@pytest.mark.parametrize("method", ["model_stock", "tsv_m", "pico", "sce", "ctm"])
+def test_every_adapter_alone_is_scored_as_it_is_by_methods_that_look_at_all(method):
+    adapters = [random_adapter(seed, {NAMES[0]: (6, 5, 2)}) for seed in range(3)]
+
+    def score(adapter):
+        return -float(adapter.modules[NAMES[0]].delta().norm())
+
+    found = search(adapters, score, method=method, budget=4)
+    assert [trial.score for trial in found.trace[1:]] == pytest.approx([score(one) for one in adapters])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_never_worse_than_equal_shares_and_every_adapter_alone(seed):
     noise = np.random.default_rng(seed)

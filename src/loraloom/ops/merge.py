@@ -69,9 +69,11 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     MokA adapters merge by ``linear`` and ``cat`` alone, at no chosen rank: in ``factors`` each A and the shared B are
     averaged, in ``delta`` each adapter's part of the rank attends by itself, so that it is the exact sum too.
 
-    A module that an adapter lacks counts as zero; ``factors`` refuses it. A ``lora_bias`` is one more column of the
-    update (times the scale) and is merged by the same method. One adapter of weight 1 is returned as it is, unless the
-    method declares otherwise, one of its knobs is given or the size of the result is asked for.
+    A module that an adapter lacks counts as zero; ``factors`` refuses it. An adapter of weight 0 takes no part: the
+    updates are as without it, also by methods where one of small weight counts (``model_stock``, ``ctm``). A
+    ``lora_bias`` is one more column of the update (times the scale) and is merged by the same method. One adapter of
+    weight 1 is returned as it is, unless the method declares otherwise, a knob is given or the size of the result is
+    asked for.
 
     Args:
         adapters: at least one, all of one kind.
@@ -194,6 +196,12 @@ class _Job:
         every = list(self.weights.values())
         return every[0] if all(each == every[0] for each in every) else []
 
+    def seen(self, name: str) -> list[int]:
+        """Which adapters a method sees of a module: one of weight 0 takes no part, unless no other has the module."""
+        used = [at for at, weight in enumerate(self.weights_of(name)) if weight != 0]
+        there = any(name in self.adapters[at].modules for at in used)
+        return used if there and not self.linear else list(range(len(self.adapters)))
+
     def combine(self, name: str) -> Combine:
         """The method with its knobs, and its own generator for this module."""
         knobs = dict(self.knobs)
@@ -243,7 +251,9 @@ def module_generator(seed: int, name: str) -> torch.Generator:
 def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
     """Merge one module; called each time that it is read from the result."""
     # Not .get(): it would take a KeyError in reading for a module that is not there, that is, for zero.
-    parts = [adapter.modules[name] if name in adapter.modules else None for adapter in job.adapters]  # noqa: SIM401
+    seen = job.seen(name)
+    held = [job.adapters[at].modules for at in seen]
+    parts = [modules[name] if name in modules else None for modules in held]  # noqa: SIM401
     present = [part for part in parts if part is not None]
     layouts = [(part.kernel, part.embedding) for part in present]
     if any(layout != layouts[0] for layout in layouts):
@@ -254,14 +264,14 @@ def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
     request = Request(
         name=name,
         combine=job.combine(name),
-        weights=job.weights_of(name),
+        weights=[job.weights_of(name)[at] for at in seen],
         linear=job.linear,
         by_rows=bool(job.technique.facts.get("by_rows")),
         rank=shapes[name].rank,
         cut=job.cut,
         keep_scale=one_scale(job.adapters),
         bias=any(adapter.config.get("lora_bias") for adapter in job.adapters),
-        statistics=_statistics(job, name),
+        statistics=_statistics(job, name, seen),
         dense=None if job.base is None else partial(effective, _weight(job, name), job.adapters[0].kind),
     )
     merged, error = SPACES[job.space].carry(parts, request)
@@ -270,13 +280,13 @@ def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
     return merged.to(home) if job.device is not None else merged
 
 
-def _statistics(job: _Job, name: str) -> list[Tensor] | None:
+def _statistics(job: _Job, name: str, seen: Sequence[int]) -> list[Tensor] | None:
     if job.statistics is None:
         return None
-    for at, known in enumerate(job.statistics):
-        if name not in known:
+    for at in seen:
+        if name not in job.statistics[at]:
             raise ValueError(f"{name}: the statistics of {which(at, job.adapters)} do not have this module")
-    return [known[name] for known in job.statistics]
+    return [job.statistics[at][name] for at in seen]
 
 
 def _weight(job: _Job, name: str) -> Tensor:
@@ -342,7 +352,7 @@ def _aligned(job: _Job) -> dict[str, Shape]:
     for name in dict.fromkeys(name for adapter in job.adapters for name in adapter.modules):
         shapes = {at: adapter.shape(name) for at, adapter in enumerate(job.adapters) if name in adapter.modules}
         _check_sizes(name, shapes, job)
-        found[name] = job.shape(list(shapes.values()))
+        found[name] = job.shape([shapes[at] for at in job.seen(name) if at in shapes])
     if not found:
         raise ValueError("there is nothing to merge: the adapters have no modules")
     return found

@@ -30,7 +30,7 @@ def ctm(
     the right singular vectors of all on top of each other, each is improved with the other held, until a round adds
     less than 1e-6 of the energy, at most 100 rounds. The r x r coordinates ``U^T D_t V`` of the updates as
     they are, are merged by another method; the result ``U C V^T`` has rank r by construction. As in the authors' code,
-    weights do not bear on the subspaces.
+    weights do not bear on the subspaces; but an update of weight 0 is left out by ``merge`` before.
 
     Args:
         deltas: the k updates, stacked.
