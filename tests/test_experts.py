@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
 from loraloom.experts import as_stored, packed, unpacked
+from loraloom.folding import fold
 from loraloom.integrations.peft import attached, from_model
 from loraloom.ops.compress import compress
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
+from loraloom.serving import export
 from loraloom.store import load, save
 
 E, HIDDEN, WIDE = 4, 6, 10
@@ -196,3 +199,15 @@ def test_packing():
     assert not unpacked(pair, 3, 4).delta().any()
     plain = Adapter({}, {"layers.0.q": parts[0]})
     assert as_stored(plain) is plain
+
+
+def test_what_holds_experts_neither_folds_nor_goes_to_vllm(tmp_path, transposed):
+    made(tmp_path / "a", 1, transposed)
+    (tmp_path / "base").mkdir()
+    held = {name: one.detach().clone() for name, one in model(transposed).named_parameters()}
+    save_file(held, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UnsupportedKind, match=r"cannot fold 0\.experts.*merge_and_unload"):
+        fold([load(tmp_path / "a")], tmp_path / "base", tmp_path / "out")
+    with pytest.raises(UnsupportedKind, match=r"^0\.experts.*linear layers only.*merge_and_unload"):
+        export(load(tmp_path / "a"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

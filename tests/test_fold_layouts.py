@@ -165,6 +165,22 @@ def test_copies_of_both_ends_of_tied_weights_change_nothing(tmp_path):
         fold([replace(adapter, extras=apart)], base, tmp_path / "apart")
 
 
+def test_equal_tensors_that_the_base_lacks_are_not_taken_for_tied_weights(tmp_path):
+    base = single(tmp_path / "base", FC)
+    norms = {"head__norm1__weight": torch.ones(4), "head__norm2__weight": torch.ones(4)}
+    with pytest.raises(AdapterMismatch, match=r"head\.norm1\.weight is not in the checkpoint"):
+        fold([one(**norms)], base, tmp_path / "out")
+    with pytest.raises(AdapterMismatch, match=r"head\.norm1\.weight is not in the checkpoint"):
+        fold([one(norm__weight=torch.ones(4), head__norm1__weight=torch.ones(4))], base, tmp_path / "out")
+    tied = written(llama(tied=True), tmp_path / "tied")
+    adapter = load(trained(llama(tied=True), lora("q_proj"), tmp_path / "a"))
+    embed = Checkpoint(tied)["model.embed_tokens.weight"]
+    other = {"model.embed_tokens.weight": embed + 1, "lm_head.weight": embed + 2, "more.weight": embed + 2}
+    with pytest.raises((AdapterMismatch, UnsupportedKind)):
+        fold([replace(adapter, extras=other)], tied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- whole tensors ----------------------------------------------------------------------------------------------------
 FC = {"h.0.fc.weight": torch.randn(2, 3), "norm.weight": torch.randn(4), "count": torch.tensor([3])}
 

@@ -413,7 +413,7 @@ def test_export_for_vllm(case, dtype, tmp_path):
         ("llama-head", {}, "trained biases or whole modules"),
         ("llama-lora", {"max_rank": 4}, "rank 3 needs 8, and at most 4"),
         ("llama-lora", {"target": "sglang"}, "allowed: vllm"),
-        ("llama-lora", {"dtype": "int4"}, "allowed: fp32, fp16, bf16"),
+        ("llama-lora", {"dtype": "int4"}, "allowed: fp64, fp32, fp16, bf16"),
         ("bert-embedding", {}, "linear layers only"),
     ],
 )

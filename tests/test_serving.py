@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraloom import serving
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
 from loraloom.registry import UnknownName
+from loraloom.safefile import FLOATS
 from loraloom.serving import export
 from loraloom.store import load, save
 
@@ -88,7 +89,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("case", GOOD)
-@pytest.mark.parametrize("dtype", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp16", "fp64"])
 def test_vllm_gets_the_same_updates(case, dtype, tmp_path):
     adapter = trained(tmp_path / "a", GOOD[case])
     out = export(adapter, tmp_path / "out", dtype=dtype, command="loraloom export")
@@ -100,7 +101,7 @@ def test_vllm_gets_the_same_updates(case, dtype, tmp_path):
         assert (delta - wanted).norm() <= most * wanted.norm()
     if dtype is not None:
         stored = {tensor.dtype for tensor in load_file(out / "adapter_model.safetensors").values()}
-        assert stored == {serving._SHORT[dtype]}
+        assert stored == {FLOATS[dtype]}
     record = json.loads((out / "loraloom.json").read_text())
     assert record["operation"] == "export" and record["command"] == "loraloom export"
     assert record["inputs"][0]["sha256"] and (out / "README.md").read_text().startswith("---")
@@ -124,6 +125,7 @@ def test_peft_reads_the_exported_adapter_too(tmp_path):
         lora("q_proj", use_dora=True),
         lora("q_proj", lora_bias=True),
         lora("q_proj", modules_to_save=["lm_head"]),
+        lora("v_proj", r=2, lora_alpha=2, rank_pattern={"v_proj": 4}, alpha_pattern={"v_proj": 4}),
         HiraConfig(r=2, target_modules=["q_proj"]),
     ],
 )
@@ -134,6 +136,8 @@ def test_any_kind_for_readers_that_know_r_and_alpha(config, tmp_path):
     assert held.kind == adapter.kind and list(held.extras) == list(adapter.extras)
     if adapter.kind != "hira":
         assert held.config["lora_alpha"] == held.config["r"] and not held.config["use_rslora"]
+        assert not held.config["rank_pattern"] and not held.config["alpha_pattern"]
+        assert {part.rank for part in held.modules.values()} == {held.config["r"]}
     with torch.no_grad():
         left, right = (PeftModel.from_pretrained(llama(), at).eval()(IDS).logits for at in (tmp_path / "a", out))
     torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-4)
@@ -149,7 +153,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "whole head": (lora("q_proj", modules_to_save=["lm_head"]), {}, UnsupportedKind, r"lm_head\.weight.*fold"),
     "rank": (lora("q_proj"), {"max_rank": 2}, ValueError, "compress it first"),
     "target": (lora("q_proj"), {"target": "vlm"}, UnknownName, "did you mean 'vllm'"),
-    "dtype": (lora("q_proj"), {"dtype": "fp8"}, UnknownName, "allowed: fp32, fp16, bf16"),
+    "dtype": (lora("q_proj"), {"dtype": "fp8"}, UnknownName, "allowed: fp64, fp32, fp16, bf16"),
     "peft rank": (lora("q_proj"), {"max_rank": 2, "target": "peft"}, ValueError, "rank 3 is above 2"),
 }
 

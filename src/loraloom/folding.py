@@ -16,17 +16,16 @@ from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, is_finite
 from loraloom.checkpoint import INDEX, Checkpoint, as_matrix
+from loraloom.experts import holds_experts, owner_of
 from loraloom.folders import refuse_taken, whole_folder, write_text
 from loraloom.modalities import text_only as of_text
 from loraloom.ops.checks import Weights, check_linear, checked_weights
 from loraloom.ops.merge import effective
 from loraloom.registry import UnknownName
-from loraloom.safefile import DTYPES, Writer, sha256
+from loraloom.safefile import DTYPES, FLOATS, Writer, sha256
 from loraloom.store import CONFIG, RECORD, hashing, written_as
 from loraloom.stream import ahead
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SHORT = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TIED = "{key} is input embedding and output head in one (tied weights), {path} only one of them; untie the base first"
 _BLOCK = 1 << 20  # entries of a weight that are worked on at once
 _KINDS = (".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml", "")
@@ -74,8 +73,8 @@ def fold(
 
     Raises:
         AdapterMismatch: a module or parameter that the base does not have, or has in another size.
-        UnsupportedKind: a quantised base or weight, a tied embedding, a start that moves the base weights; MokA without
-            ``text_only``, or another kind with it.
+        UnsupportedKind: a quantised base or weight, a tied embedding, a start that moves the base weights, parameters
+            of experts; MokA without ``text_only``, or another kind with it.
         FileExistsError: ``out`` is there.
         ValueError: weights that do not fit, or a result that is not finite (fp16 overflows at 65504).
 
@@ -97,15 +96,15 @@ def fold(
     if text_only:
         adapters = [of_text(adapter) for adapter in adapters]
     given = checked_weights([1.0] * len(adapters) if weights is None else weights, adapters)
-    if dtype is not None and dtype not in _SHORT:
-        raise UnknownName("dtype", dtype, list(_SHORT))
+    if dtype is not None and dtype not in FLOATS:
+        raise UnknownName("dtype", dtype, list(FLOATS))
     checkpoint = Checkpoint(base)
     plan = _planned(adapters, given, checkpoint, extras)
     shards = checkpoint.shards
     with whole_folder(target, **kind) as work, hashing(*adapters) as hashes, ThreadPoolExecutor(1) as pool:
         hashed = {name: pool.submit(sha256, file.path) for name, file in shards.items()}
         try:
-            written = {name: _write_shard(checkpoint, name, work, plan, _SHORT.get(dtype or "")) for name in shards}
+            written = {name: _write_shard(checkpoint, name, work, plan, FLOATS.get(dtype or "")) for name in shards}
             _copy_rest(checkpoint, work, _settled(checkpoint, plan, dtype), sum(size for size, _ in written.values()))
             read = {name: made.result() for name, made in hashed.items()}
         finally:
@@ -169,16 +168,19 @@ def _plan_extra(plan: dict[str, _Change], checkpoint: Checkpoint, source: _Sourc
     """Enter a whole tensor; one that the base has already (PEFT stores frozen embeddings too) changes nothing."""
     _, _, adapter, path = source
     held = adapter.extras[path]
+    twins = [
+        _key(checkpoint, other) for other in adapter.extras if other != path and _same(adapter.extras[other], held)
+    ]
     try:
         key = checkpoint.parameter(path)
     except AdapterMismatch:
         # The head of tied weights is not in the base. PEFT may store it all the same, equal to the embedding.
-        if _twin(adapter, path, held):
+        if any(twin is not None and checkpoint.tied(twin) for twin in twins):
             return
         raise
     if checkpoint.shape(key) == tuple(held.shape) and _same(checkpoint[key], held):
         return
-    if checkpoint.tied(key) and not _twin(adapter, path, held):
+    if checkpoint.tied(key) and None not in twins:
         raise UnsupportedKind(_TIED.format(key=key, path=path))
     if average and (not held.is_floating_point() or checkpoint.shape(key) != tuple(held.shape)):
         raise AdapterMismatch(
@@ -196,9 +198,12 @@ def _check_once(sources: Sequence[_Source], source: _Source, key: str) -> None:
             raise AdapterMismatch(f"{source.name} and {other.name} of one adapter are both {key}")
 
 
-def _twin(adapter: Adapter, path: str, held: Tensor) -> bool:
-    """Whether the adapter holds this tensor under another name too."""
-    return any(other != path and _same(adapter.extras[other], held) for other in adapter.extras)
+def _key(checkpoint: Checkpoint, path: str) -> str | None:
+    """The name under which the files hold a parameter; None if they do not."""
+    try:
+        return checkpoint.parameter(path)
+    except AdapterMismatch:
+        return None
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -231,9 +236,14 @@ def _vocabulary(config: Mapping[str, Any]) -> int | None:
 
 def _plan_module(plan: dict[str, _Change], checkpoint: Checkpoint, source: _Source) -> None:
     at, _, adapter, name = source
+    if owner_of(name) != name and holds_experts(adapter.config, owner_of(name)):
+        raise UnsupportedKind(
+            f"cannot fold {name}: PEFT's names do not tell which parameter of its module an expert's update is of, nor"
+            " how that is stored; merge it in PEFT (merge_and_unload)"
+        )
     for part in ["weight", *(["bias"] if adapter.config.get("lora_bias") else [])]:
         key = checkpoint.parameter(f"{name}.{part}")
-        if checkpoint.stored(key) not in _FLOATS:
+        if checkpoint.stored(key) not in {DTYPES[dtype] for dtype in FLOATS.values()}:
             raise UnsupportedKind(f"{key} is stored as {checkpoint.stored(key)}, which cannot be added to exactly")
         change = plan.setdefault(key, _Change(checkpoint.shape(key)))
         change.part = part
@@ -335,7 +345,7 @@ def _settled(checkpoint: Checkpoint, plan: Mapping[str, _Change], dtype: str | N
     if sizes:
         (config if "vocab_size" in config else config["text_config"])["vocab_size"] = sizes[0]
     if dtype is not None:
-        name = str(_SHORT[dtype]).removeprefix("torch.")
+        name = str(FLOATS[dtype]).removeprefix("torch.")
         said = False
         for part in (config, *(part for part in config.values() if isinstance(part, dict))):
             for key in ("torch_dtype", "dtype"):

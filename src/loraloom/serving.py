@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, UnsupportedKind, padded
+from loraloom.experts import owner_of
 from loraloom.folders import refuse_taken, whole_folder
 from loraloom.registry import UnknownName
+from loraloom.safefile import FLOATS
 from loraloom.store import CONFIG, load, save
 
 _FOLD = "fold it into the base model (loraloom fold)"
@@ -23,7 +25,6 @@ _VLLM_FIELDS = (
 )
 # Layers whose frozen weight PEFT stores beside their factors; vLLM skips those copies.
 _VLLM_COPIED = ("embed_tokens", "lm_head")
-_SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export(
@@ -44,7 +45,7 @@ def export(
     with what to do instead.
 
     ``peft``: the same adapter, of any kind, for readers that know ``r`` and ``lora_alpha`` alone: every scale is
-    multiplied into B and alpha is the rank.
+    multiplied into B, all modules get the largest rank of any, and alpha is the rank.
 
     The folder appears only after it was read back and found to hold the same updates, to rounding.
 
@@ -53,13 +54,13 @@ def export(
         out: the new folder.
         target: ``vllm`` or ``peft``.
         max_rank: refuse a larger rank (vLLM's ``--max-lora-rank``).
-        dtype: ``fp32``, ``fp16`` or ``bf16``; by default as it is.
+        dtype: ``fp32``, ``bf16``, ``fp16`` or ``fp64``; by default as it is.
         overwrite: replace an adapter folder that is there.
         command: the command line, for the record.
 
     Raises:
-        UnsupportedKind: for ``vllm``, DoRA, HiRA, a bias of B, trained biases, ``modules_to_save``, convolutions, or
-            embeddings other than ``embed_tokens``.
+        UnsupportedKind: for ``vllm``, DoRA, HiRA, a bias of B, trained biases, ``modules_to_save``, convolutions,
+            parameters of experts, or embeddings other than ``embed_tokens``.
         AdapterMismatch: what was read back is another update, as when fp16 makes small entries zero.
         FileExistsError: ``out`` is there.
         UnknownName, ValueError: no such target or dtype; a rank above ``max_rank`` or any that vLLM allows.
@@ -75,12 +76,12 @@ def export(
     """
     if target not in TARGETS:
         raise UnknownName("target", target, list(TARGETS))
-    if dtype is not None and dtype not in _SHORT:
-        raise UnknownName("dtype", dtype, list(_SHORT))
+    if dtype is not None and dtype not in FLOATS:
+        raise UnknownName("dtype", dtype, list(FLOATS))
     folder = Path(out).resolve()
     kind: Any = {"overwrite": overwrite, "mark": CONFIG, "what": "an adapter folder"}
     refuse_taken(folder, **kind)
-    ready = TARGETS[target](adapter, max_rank, None if dtype is None else _SHORT[dtype])
+    ready = TARGETS[target](adapter, max_rank, None if dtype is None else FLOATS[dtype])
     with whole_folder(folder, **kind) as work:
         made = save(ready, work / folder.name, command=command)
         _verify(adapter, load(made), target)
@@ -104,6 +105,9 @@ def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
         raise UnsupportedKind(
             f"init_lora_weights={start!r} moves the base weights, which vLLM does not; convert it first"
         )
+    packed = next((name for name in adapter.modules if owner_of(name) != name), None)
+    if packed is not None:  # experts, or groups of a convolution
+        raise UnsupportedKind(f"{packed}: vLLM's loader takes linear layers only; merge it in PEFT (merge_and_unload)")
     ranks = [adapter.shape(name).rank for name in adapter.modules]
     rank = next((allowed for allowed in _VLLM_RANKS if allowed >= max(ranks) and allowed > 1), None)
     if rank is None or (max_rank is not None and rank > max_rank):
@@ -116,7 +120,7 @@ def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
             raise UnsupportedKind(
                 f"{name}: vLLM's loader takes linear layers only, and embed_tokens; fold it in (loraloom fold)"
             )
-        return _stored(replace(factors, B=padded(factors.B, rank), A=padded(factors.A.T, rank).T), dtype)
+        return _stored(_at_rank(factors, rank), dtype)
 
     config = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "task_type")}
     config |= {
@@ -137,16 +141,28 @@ def _for_peft(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
     most = max((adapter.shape(name).rank for name in adapter.modules), default=0)
     if max_rank is not None and most > max_rank:
         raise ValueError(f"rank {most} is above {max_rank}; compress it first")
-    modules = Modules(tuple(adapter.modules), lambda name: _stored(adapter.modules[name], dtype), adapter.shape)
+    modules = Modules(
+        tuple(adapter.modules),
+        lambda name: _stored(_at_rank(adapter.modules[name], most), dtype),
+        lambda name: adapter.shape(name)._replace(rank=most),
+    )
+    config = dict(adapter.config)
+    if adapter.kind in ("lora", "dora"):
+        config |= {"r": most, "lora_alpha": most, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     arguments = {"target": "peft", "max_rank": max_rank, "dtype": str(dtype) if dtype else None}
     provenance = {"operation": "export", "arguments": arguments, "inputs": [dict(adapter.provenance)]}
-    return replace(adapter, modules=modules, provenance=provenance)
+    return replace(adapter, config=config, modules=modules, provenance=provenance)
+
+
+def _at_rank(factors: Factors, rank: int) -> Factors:
+    """The same update; zero columns of B and rows of A fill up."""
+    return replace(factors, B=padded(factors.B, rank), A=padded(factors.A.T, rank).T)
 
 
 def _stored(factors: Factors, dtype: torch.dtype | None) -> Factors:
     """The factors with the scale in B, in a type; the product is formed in float32 at least and rounded once."""
     wanted = dtype or factors.dtype
-    working = torch.promote_types(factors.dtype, torch.float32)
+    working = torch.promote_types(torch.promote_types(factors.dtype, wanted), torch.float32)
     scaled = factors.scale * factors.B.to(working)
     bias = None if factors.bias is None else (factors.scale * factors.bias.to(working)).to(wanted)
     return replace(factors, B=scaled.to(wanted), A=factors.A.to(wanted), bias=bias, scale=1.0)
