@@ -204,6 +204,32 @@ def test_the_errors_of_a_cut_reach_the_folder(tmp_path):
     assert written == pytest.approx(expected) and min(expected.values()) > 0
 
 
+@pytest.mark.parametrize("energy", [0.99, 0.6, 1.0])
+def test_energy_and_budget_are_of_the_whole_result_where_a_method_has_a_rank_of_its_own(energy):
+    adapters = [random_adapter(seed, {Q: (9, 8, 4)}) for seed in (1, 2)]
+    whole = ensemble(adapters, [0.5, 0.5], Q)
+    kept = merge(adapters, "svd", energy=energy)
+    values = np.linalg.svd(whole)[1] ** 2
+    rank = int((values.cumsum() < energy * values.sum() * (1 - 1e-9)).sum()) + 1
+    assert kept.shape(Q).rank == rank and matches(kept.modules[Q], best(whole, rank)[0])
+    assert kept.provenance["record"]["error"][Q] == pytest.approx(best(whole, rank)[1], abs=1e-7)
+    assert merge(adapters, "svd", budget="2x").shape(Q).rank == 8
+
+
+@pytest.mark.parametrize(("method", "knob"), [("ctm", "size"), ("lego", "clusters")])
+def test_the_size_that_is_a_methods_own_is_the_rank_of_the_result(method, knob):
+    adapters = [random_adapter(seed, {Q: (9, 8, 2)}) for seed in (1, 2)]
+    for size in (1, 3, 4):
+        merged = merge(adapters, method, **{knob: size})
+        assert merged.shape(Q).rank == merged.modules[Q].rank == size
+        assert np.linalg.matrix_rank(delta(merged.modules[Q])) == size
+        assert merged.provenance["record"]["error"][Q] < 1e-7
+    assert merge(adapters, method, **{knob: 9}).modules[Q].rank == 4
+    assert merge(adapters, method, **{knob: 4}, rank=3).modules[Q].rank == 3
+    assert merge(adapters, method, **{knob: 3}, energy=1.0).modules[Q].rank == 3
+    assert merge(adapters, method).modules[Q].rank == 2
+
+
 # ---- biases, kinds, layouts, extras ----
 
 
@@ -360,6 +386,8 @@ REFUSED = [
     ([random_adapter(1, SIZES, use_dora=True)] * 2, {}, UnsupportedKind, "cannot merge DoRA adapters"),
     ([random_adapter(1, SIZES, use_dora=True)], {"weights": [0.5]}, UnsupportedKind, "DoRA"),
     ([random_adapter(1, SIZES, use_dora=True)], {"rank": 1}, UnsupportedKind, "DoRA"),
+    ([random_adapter(1, SIZES, use_dora=True)], {"energy": 0.9}, UnsupportedKind, "DoRA"),
+    ([random_adapter(1, SIZES, use_dora=True)], {"budget": "0.5x"}, UnsupportedKind, "DoRA"),
     ([random_adapter(1, SIZES, peft_type="LOHA")] * 2, {}, UnsupportedKind, "kind 'loha'; allowed: lora, hira"),
     ([A, random_adapter(2, SIZES, init_lora_weights="pissa_niter_4")], {}, UnsupportedKind, "'pissa_niter_4'.*convert"),
     ([A, random_adapter(2, SIZES, base_model_name_or_path="org/other")], {}, AdapterMismatch,

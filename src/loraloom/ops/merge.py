@@ -125,7 +125,8 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     given = knobs if density is None else {"density": density, **knobs}
     check_knobs(technique, given)
     check_statistics(technique, len(adapters), space, statistics)
-    job = _Job(adapters, technique, given, checked, space, rank, seed, statistics, base, device)
+    later = energy is not None or budget is not None
+    job = _Job(adapters, technique, given, checked, space, rank, later, seed, statistics, base, device)
     job.rehearse()
     asked = {"method": method, "weights": checked, "space": space, "rank": rank, "energy": energy, "budget": budget}
     provenance = {
@@ -135,7 +136,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
         "seed": seed,
         "record": job.record,
     }
-    if job.untouched and energy is None and budget is None:
+    if job.untouched:
         return replace(adapters[0], provenance=provenance)
     plan = None
     if adapters[0].kind == "moka":
@@ -148,7 +149,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     if plan is not None:
         config["moka"] = plan
     merged = Adapter(config, modules, extras_of(adapters, job.weights_of(None), extras), provenance)
-    return merged if energy is None and budget is None else _shrunk(merged, energy, budget)
+    return _shrunk(merged, energy, budget) if later else merged
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class _Job:
     weights: Weights
     space: str
     rank: int | None
+    later: bool  # whether an energy or a budget cuts the result afterwards
     seed: int
     statistics: Sequence[Mapping[str, Tensor]] | None
     base: Mapping[str, Tensor] | None
@@ -179,13 +181,18 @@ class _Job:
     @property
     def cut(self) -> bool:
         """Whether the rank of the result was chosen, by the user or by the method, rather than come about."""
-        return self.rank is not None or self.technique.facts.get("rank") == "largest"
+        return self.rank is not None or (self.technique.facts.get("rank") == "largest" and not self.later)
 
     @property
     def untouched(self) -> bool:
         """Whether the one adapter that there is comes out as it went in."""
-        plain = len(self.adapters) == 1 and self.rank is None and self.base is None and not self.knobs
-        return plain and self.weights_of(None) == [1.0] and "single" not in self.technique.breaks
+        plain = self.rank is None and not self.later and self.base is None and not self.knobs
+        return (
+            plain
+            and len(self.adapters) == 1
+            and self.weights_of(None) == [1.0]
+            and "single" not in self.technique.breaks
+        )
 
     def weights_of(self, name: str | None) -> list[float]:
         """The weights of one module; of None, those of all modules if they are the same."""
@@ -211,10 +218,12 @@ class _Job:
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """Sizes of the merged module from those of its parts."""
-        rank = self.rank or max(shape.rank for shape in shapes)
-        if not self.cut:
-            rank = SPACES[self.space].rank(shapes, self.linear)
-        return Shape(shapes[0].out, shapes[0].in_, rank)
+        rank = SPACES[self.space].rank(shapes, self.linear)
+        if own := self.knobs.get(self.technique.facts.get("size", "")):
+            rank = min(own, rank)
+        elif self.cut:
+            rank = max(shape.rank for shape in shapes)
+        return Shape(shapes[0].out, shapes[0].in_, self.rank or rank)
 
     def rehearse(self) -> None:
         """Refuse now what would be refused at the first module: the kind, and what the method finds wrong on zeros."""

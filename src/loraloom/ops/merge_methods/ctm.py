@@ -13,7 +13,12 @@ _ROUNDS = 100
 
 
 @merge_methods.register(
-    "ctm", paper="https://arxiv.org/abs/2606.03723", space="core", spaces=("core", "delta"), rank="largest"
+    "ctm",
+    paper="https://arxiv.org/abs/2606.03723",
+    space="core",
+    spaces=("core", "delta"),
+    rank="largest",
+    size="size",
 )
 def ctm(
     deltas: Float[Tensor, " k m n"],

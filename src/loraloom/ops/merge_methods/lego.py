@@ -15,6 +15,7 @@ from loraloom.ops.merge_methods import merge_methods
     space="units",
     spaces=("units",),
     rank="largest",
+    size="clusters",
     breaks=("order", "scaling"),
 )
 def lego(
@@ -37,7 +38,7 @@ def lego(
     Args:
         deltas: the units of k adapters, r x (out + in) each; zero rows fill up.
         weights: one weight per adapter, not negative.
-        clusters: rows of the result; by default r.
+        clusters: rows of the result, no more than there are units; by default r.
 
     Raises:
         ValueError: ``clusters`` is below 1, or a weight is negative.
