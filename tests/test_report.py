@@ -324,6 +324,14 @@ def test_page_is_self_contained_and_accessible():
     assert "0.0025" in outline.texts
 
 
+@pytest.mark.parametrize(("second", "count"), [("loraloom b", 2), ("loraloom a", 1)])
+def test_markdown_tells_a_command_of_all_panels_once(second, count):
+    panels = [Table(title, ("x",), ((1,),), command=told) for title, told in (("p", "loraloom a"), ("q", second))]
+    text = Report("r", "s", tuple(panels)).to_markdown()
+    assert text.count("made by") + text.count("Made by") == text.count("    loraloom") == count
+    assert (text.index("loraloom a") < text.index("## p")) == (count == 1)
+
+
 def test_markdown_has_every_number_and_breaks_no_table():
     text = demo_report().to_markdown()
     assert text.count("\n## ") == len(demo_report().panels) + 1

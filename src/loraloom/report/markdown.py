@@ -26,11 +26,20 @@ def _table(columns: tuple[str, ...], rows: list[tuple[Cell, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _code(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
 def markdown(report: Report, figures: Sequence[str] = ()) -> str:
-    """The whole report; every panel as a heading, its image where there is one, its note, a table and the command."""
-    images = iter(figures)
+    """The whole report; every panel as a heading, its image where there is one, its note, a table and the command.
+
+    A command that makes all panels is told once, before them.
+    """
+    images, commands = iter(figures), {panel.command for panel in report.panels}
+    shared = len(report.panels) > 1 and len(commands) == 1
     parts = [f"# {escape(report.title)}"]
     parts += [escape(part) for part in report.summary.split("\n\n") if part.strip()]
+    parts += [f"All of it is made by:\n\n{_code(command)}" for command in commands if shared and command]
     for panel in report.panels:
         parts.append(f"## {escape(panel.title)}")
         if not isinstance(panel, Table) and (image := next(images, "")):
@@ -38,8 +47,8 @@ def markdown(report: Report, figures: Sequence[str] = ()) -> str:
         if panel.note:
             parts.append(escape(panel.note))
         parts.append(_table(*grid(panel)))
-        if panel.command:
-            parts.append("Made by:\n\n" + "\n".join(f"    {line}" for line in panel.command.splitlines()))
+        if panel.command and not shared:
+            parts.append(f"Made by:\n\n{_code(panel.command)}")
     if report.run:
         rows: list[tuple[Cell, ...]] = [(key, "–" if value is None else str(value)) for key, value in flat(report.run)]
         parts += ["## What was run", _table(("key", "value"), rows)]
