@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from torch import Tensor
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
 from loraloom.checkpoint import Checkpoint, as_matrix, base_weights
 from loraloom.folders import UNFINISHED
+from loraloom.ops.merge import effective, merge
+from loraloom.safefile import SafeFile
+from oracles.ops_dense import random_adapter
 
 INDEX = "model.safetensors.index.json"
 
@@ -197,6 +201,23 @@ def test_base_weights_are_a_mapping(tmp_path):
     base = single(tmp_path / "base", {"h.0.fc.weight": torch.ones(2, 3)})
     held = base_weights(base, adapter("h.0.fc", 2, 3))
     assert list(held) == ["h.0.fc"] and len(held) == 1 and "h.1.fc" not in held
+    with pytest.raises(KeyError):
+        held["h.1.fc"]
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"peft_type": "HIRA"}])
+def test_base_weights_of_adapters_with_different_modules_are_each_read_once(tmp_path, kind, monkeypatch):
+    held = {f"h.{at}.fc.weight": torch.randn(2, 3) for at in range(2)}
+    adapters = [random_adapter(at, {f"h.{one}.fc": (2, 3, 1) for one in range(at + 1)}, **kind) for at in range(2)]
+    for one in adapters if "use_dora" in kind else []:
+        one.modules.update({name: replace(part, magnitude=torch.ones(2)) for name, part in one.modules.items()})
+    base, read = base_weights(single(tmp_path / "base", held), *adapters), []
+    monkeypatch.setattr(SafeFile, "read", lambda _, key: read.append(key) or held[key])
+    merged = merge(adapters, base=base, rank=2)
+    assert list(base) == list(merged.modules) == ["h.0.fc", "h.1.fc"]
+    want = 0.5 * effective(held["h.1.fc.weight"], adapters[1].kind, adapters[1].modules["h.1.fc"])
+    assert torch.allclose(merged.modules["h.1.fc"].delta(), want)
+    assert read == ["h.1.fc.weight"]
 
 
 # --- tied weights -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -228,30 +228,36 @@ def as_matrix(weight: Tensor, turned: bool) -> Tensor:
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """Weights of the base model by module path, out x in, for what an adapter adapts (``merge(base=...)``)."""
+    """Weights of the base model by module path, out x in, for what adapters adapt (``merge(base=...)``)."""
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
-        self._checkpoint, self._adapter = checkpoint, adapter
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+        self._checkpoint = checkpoint
+        self._holder: dict[str, Adapter] = {}  # the first adapter that has the module
+        for adapter in adapters:
+            for name in adapter.modules:
+                self._holder.setdefault(name, adapter)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._adapter.modules:
-            raise KeyError(name)
+        adapter = self._holder[name]
         key = self._checkpoint.parameter(f"{name}.weight")
-        return as_matrix(self._checkpoint[key], self._checkpoint.turned(key, self._adapter, name))
+        return as_matrix(self._checkpoint[key], self._checkpoint.turned(key, adapter, name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._holder
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._adapter.modules)
+        return iter(self._holder)
 
     def __len__(self) -> int:
-        return len(self._adapter.modules)
+        return len(self._holder)
 
 
-def base_weights(folder: str | Path, adapter: Adapter) -> Mapping[str, Tensor]:
+def base_weights(folder: str | Path, *adapters: Adapter) -> Mapping[str, Tensor]:
     """What ``merge(..., base=...)`` takes, from the folder of the base model; weights are read when they are needed.
 
     Args:
         folder: of the base model.
-        adapter: one of those to be merged; it tells which modules, and how they are stored.
+        adapters: all that are to be merged; they tell which modules, and how they are stored.
 
     Example:
         >>> import torch
@@ -264,4 +270,4 @@ def base_weights(folder: str | Path, adapter: Adapter) -> Mapping[str, Tensor]:
         ...     base_weights(folder, a)["fc"].shape
         torch.Size([2, 3])
     """
-    return BaseWeights(Checkpoint(folder), adapter)
+    return BaseWeights(Checkpoint(folder), adapters)

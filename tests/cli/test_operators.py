@@ -70,6 +70,24 @@ def test_compress_align_scale_subtract_interpolate(run, tmp_path):
     assert done.exit_code == 0, done.output
 
 
+def test_saved_heads_are_interpolated_on_request(run, tmp_path):
+    for name, value in (("one", 1.0), ("two", 3.0)):
+        ll.save(replace(ll.load("a"), extras={"head.weight": torch.full((2, 2), value)}), tmp_path / name)
+    words = ["interpolate", str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(tmp_path / "out"), "--at", "0.75"]
+    refused = run(*words)
+    assert refused.exit_code == 2 and "extras='average'" in refused.stderr
+    done = run(*words, "--extras", "average")
+    assert done.exit_code == 0, done.output
+    assert float(ll.load(tmp_path / "out").extras["head.weight"].mean()) == 2.5
+
+
+def test_the_density_may_be_said_either_way(run, tmp_path):
+    words = ["merge", "a", "b", "--method", "ties", "--rank", "2"]
+    assert run(*words, "-o", str(tmp_path / "o"), "--density", "0.5").exit_code == 0
+    done = run(*words, "-o", str(tmp_path / "s"), "--set", "density=0.5")
+    assert done.exit_code == 0 and close(ll.load(tmp_path / "o"), ll.load(tmp_path / "s")), done.output
+
+
 def test_prune_by_unit_scope_pattern_and_scores(run, tmp_path):
     out = lambda name: str(tmp_path / name)  # noqa: E731
     done = run("prune", "a", "-o", out("r"), "--density", "0.5", "--unit", "rank", "--scope", "module", "--json")
@@ -88,15 +106,17 @@ def test_prune_by_unit_scope_pattern_and_scores(run, tmp_path):
 def test_dora_is_interpolated_on_its_base(run, tmp_path, tiny_model):
     plain = ll.load("a")
     magnitude = {name: one.B.norm(dim=1) + 1 for name, one in plain.modules.items()}
-    for name, factor in (("one", 1.0), ("other", 2.0)):
-        modules = {path: replace(one, magnitude=factor * magnitude[path]) for path, one in plain.modules.items()}
+    for name, factor, end in (("one", 1.0, -1), ("other", 2.0, None)):  # the second has a module that the first lacks
+        paths = list(plain.modules)[:end]
+        modules = {path: replace(plain.modules[path], magnitude=factor * magnitude[path]) for path in paths}
         ll.save(replace(plain, config={**plain.config, "use_dora": True}, modules=modules), tmp_path / name)
     words = ["interpolate", str(tmp_path / "one"), str(tmp_path / "other"), "-o", str(tmp_path / "out")]
     refused = run(*words)
     assert refused.exit_code == 2 and "cannot merge DoRA adapters" in refused.stderr
     assert run(*words, "--at", "0.25", "--base", str(tiny_model)).exit_code == 0
     ends = [ll.load(tmp_path / name) for name in ("one", "other")]
-    merged = ll.merge(ends, weights=[0.75, 0.25], space="delta", base=ll.base_weights(tiny_model, ends[0]))
+    merged = ll.merge(ends, weights=[0.75, 0.25], space="delta", base=ll.base_weights(tiny_model, *ends))
+    assert len(ends[0].modules) + 1 == len(merged.modules)
     assert close(ll.load(tmp_path / "out"), merged)
 
 
@@ -143,6 +163,25 @@ WRONG = {
     "energy and rank": (["merge", "a", "b", "-o", "x", "--rank", "1", "--energy", "0.5"], "at most one"),
     "a knob that is none": (["merge", "a", "b", "-o", "x", "--set", "epsilon"], "name=value"),
     "a knob of another method": (["merge", "a", "b", "-o", "x", "--set", "epsilon=1"], "epsilon"),
+    "a knob that is merge's own": (["merge", "a", "b", "-o", "x", "--set", "space=core"], "takes no 'space'"),
+    "a knob of search": (["search", "a", "b", "-o", "x", "--task", "digits", "--set", "seed=1"], "takes no 'seed'"),
+    "a knob twice": (
+        ["merge", "a", "b", "-o", "x", "--method", "ties", "--density", "0.5", "--set", "density=0.2"],
+        "density is given twice",
+    ),
+    "a word for a number": (
+        ["merge", "a", "b", "-o", "x", "--method", "breadcrumbs", "--set", "gamma=abc"],
+        "gamma must be a finite number, got 'abc'",
+    ),
+    "a share for a number": (
+        ["merge", "a", "b", "-o", "x", "--method", "ctm", "--set", "size=1.5"],
+        "size must be a whole number or none, got 1.5",
+    ),
+    "half a step": (["merge", "a", "b", "-o", "x", "--method", "karcher", "--set", "steps=1.5"], "a whole number"),
+    "truth for a step": (["merge", "a", "b", "-o", "x", "--method", "karcher", "--set", "steps=true"], "a whole number"),
+    "a device that is not here": (["merge", "a", "b", "-o", "x", "--device", "cuda:77"], "device 'cuda:77': "),
+    "a device that is none": (["merge", "a", "b", "-o", "x", "--device", "cudda"], "device 'cudda': "),
+    "a device that holds no numbers": (["merge", "a", "b", "-o", "x", "--device", "meta"], "device 'meta': "),
     "statistics missing": (["merge", "a", "b", "-o", "x", "--method", "regmean"], "loraloom measure"),
     "statistics that are none": (["merge", "a", "-o", "x", "--method", "regmean", "--statistics", "a"], "a"),
     "a base for LoRA": (["merge", "a", "b", "-o", "x", "--base", "."], "."),

@@ -26,6 +26,7 @@ from loraloom.cli.shell import (
     Rank,
     Seed,
     Space,
+    Whole,
     command,
     floats,
     knobs_of,
@@ -59,9 +60,7 @@ def merge(
     ] = None,
     base: Base = None,
     device: Annotated[str, typer.Option(help="Where to compute, such as cuda.")] = "",
-    extras: Annotated[
-        Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")
-    ] = Extras.refuse,
+    extras: Whole = Extras.refuse,
     allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -74,18 +73,17 @@ def merge(
         opened,
         method=method,
         weights=_weights(weights),
-        density=density,
         rank=rank,
         energy=energy,
         budget=budget or None,
         space=space.value if space else None,
         seed=seed,
         statistics=[ll.load_statistics(path) for path in statistics] if statistics else None,
-        base=ll.base_weights(base, opened[0]) if base else None,
+        base=ll.base_weights(base, *opened) if base else None,
         device=device or None,
         extras=extras.value,
         same_base=not allow_different_bases,
-        **knobs_of(knobs),
+        **knobs_of(method, density, knobs),
     )
     saved(merged, out, overwrite, as_json)
 
@@ -106,6 +104,7 @@ def interpolate(
     space: Annotated[Plain, typer.Option(help="factors: (1-t)B_a + t B_b and so A; delta: the updates.")] = Plain.delta,
     align: Annotated[Gauge | None, typer.Option(help="Bring B to A's gauge first, for --space factors.")] = None,
     base: Base = None,
+    extras: Whole = Extras.refuse,
     allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -113,15 +112,15 @@ def interpolate(
     """One point of the path between two adapters; no base model is needed, but for DoRA."""
     import loraloom as ll
 
-    first = ll.load(a)
+    opened = [ll.load(path) for path in (a, b, via) if path]
     point = ll.interpolate(
-        first,
-        ll.load(b),
+        opened[0],
+        opened[1],
         at=at,
-        via=ll.load(via) if via else None,
+        via=opened[2] if via else None,
         space=space.value,
         align=align.value if align else None,
-        base=ll.base_weights(base, first) if base else None,
+        base=ll.base_weights(base, *opened) if base else None,
         same_base=not allow_different_bases,
     )
     saved(point, out, overwrite, as_json)
