@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.adapter import Adapter
-from loraloom.probes.balance import Balance, balance, gini, spread
+from loraloom.probes.balance import WHAT, Balance, balance, gini, spread
 
 LAYERS = [f"layers.{at}" for at in range(6)]
 EXACT = settings(derandomize=True, deadline=None, max_examples=60)
@@ -95,6 +95,26 @@ def test_it_comes_back_from_json_and_from_an_adapter():
         (Adapter({}, {}), "train it with train.balance_every: 10"),
         ({"steps": [1]}, "its keys are steps, modules"),
         (TOLD.to_json() | {"update": [[1.0]]}, "update is not 2 steps x 4 modules"),
+        (
+            TOLD.to_json() | {"steps": [], **{key: [] for key in WHAT}},
+            "steps must rise, and be at least one, got \\[\\]",
+        ),
+        (TOLD.to_json() | {"steps": [5, 0]}, "steps must rise"),
+        (TOLD.to_json() | {"steps": None}, "steps must be a list of whole numbers in .*, got None"),
+        (TOLD.to_json() | {"steps": [True, 5]}, "steps must hold whole numbers in .*, got True"),
+        (TOLD.to_json() | {"steps": [0, 10**400]}, "steps must hold whole numbers in .*, got 1000"),
+        (TOLD.to_json() | {"since": "0"}, "since must hold a whole number in .*, got '0'"),
+        (TOLD.to_json() | {"modules": [1, 2]}, "modules must hold texts, got 1"),
+        (TOLD.to_json() | {"modules": "abcd"}, "modules must be a list of texts, got 'abcd'"),
+        (TOLD.to_json() | {"update": 5}, "update must be a list of lists, got 5"),
+        (TOLD.to_json() | {"update": [5, 5]}, "update must hold lists, got 5"),
+        (TOLD.to_json() | {"update": [["x", 1], [1, 1]]}, r"update\[0\] must hold null or numbers in .*, got 'x'"),
+        (
+            TOLD.to_json() | {"distance": [[1e200] * 4] * 2},
+            r"distance\[0\] must hold null or numbers in .*, got 1e\+200",
+        ),
+        (TOLD.to_json() | {"gradient": [[-1.0] * 4] * 2}, r"gradient\[0\] must hold null or numbers in .*, got -1.0"),
+        (Adapter({}, {}, provenance={"record": ["x"]}), "train it with train.balance_every: 10"),
     ],
 )
 def test_what_is_none_is_refused_in_one_line(given, message):

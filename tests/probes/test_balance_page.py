@@ -92,3 +92,12 @@ def test_the_command_says_what_makes_the_figures_again(tmp_path):
     told = CliRunner().invoke(app, ["probe", "balance", str(tmp_path / "bad.json"), "-o", str(tmp_path / "no.json")])
     assert told.exit_code == 2
     assert "this is no balance of a training run" in told.output
+    empty = run(2.0).to_json() | {key: [] for key in ("steps", "gradient", "update", "distance")}
+    (tmp_path / "bad.json").write_text(json.dumps(empty))
+    told = CliRunner().invoke(app, ["probe", "balance", str(tmp_path / "bad.json"), "-o", str(tmp_path / "no.json")])
+    assert (told.exit_code, told.stderr.count("\n")) == (2, 1) and "steps must rise, and be at least one" in told.stderr
+
+
+def test_arguments_of_another_program_are_no_recipe():
+    told = {"arguments": ["x"], "record": {"balance": run(1.0).to_json()}}
+    assert balance_report([Adapter({}, {}, provenance=told)], ["a"]).title == "Balance of training"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraloom.adapter import Factors
+from loraloom.untrusted import is_number
 
 
 def note(record: dict[str, Any], name: str, error: float, result: Factors, asked: float | None = None) -> None:
@@ -63,14 +64,20 @@ def chained(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> t
 def total(record: Mapping[str, Any]) -> float | None:
     """Relative error over all modules together; None where nothing was cut.
 
-    Modules without an entry do not count: those of a sum that is not cut.
+    Modules without an entry do not count: those of a sum that is not cut; nor does what is no number.
 
     Example:
         >>> total({"error": {"a": 0.0, "b": 1.0}, "norm": {"a": 4.0, "b": 3.0}})
         0.6
     """
-    errors, norms = record.get("error") or {}, record.get("norm") or {}
-    whole = math.hypot(*(norms.get(name, 0.0) for name in errors)) if errors else 0.0
-    if not errors:
+    errors, norms = (_numbers(record.get(key)) for key in ("error", "norm"))
+    pairs = [(error, norms[name]) for name, error in errors.items() if name in norms]
+    if not pairs:
         return None
-    return math.hypot(*(errors[name] * norms.get(name, 0.0) for name in errors)) / whole if whole > 0 else 0.0
+    whole = math.hypot(*(norm for _, norm in pairs))
+    return math.hypot(*(error * norm for error, norm in pairs)) / whole if whole > 0 else 0.0
+
+
+def _numbers(told: Any) -> dict[str, float]:
+    """What is a number in a map; the record may be that of another program."""
+    return {name: value for name, value in told.items() if is_number(value)} if isinstance(told, Mapping) else {}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from loraloom.adapter import Adapter
 from loraloom.probes import probes
 from loraloom.strategies.units import group, layer, tower
+from loraloom.untrusted import is_number, short
 
 WHAT = ("gradient", "update", "distance")
 Row = tuple[float | None, ...]
+_MOST_STEPS, _MOST_NORM = 2**53, 1e100  # of a file: what squares and sums of can be told
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def balance(trained: Adapter | Mapping[str, Any]) -> Balance:
         trained: an adapter whose provenance holds it, or what :meth:`Balance.to_json` gave.
 
     Raises:
-        ValueError: nothing was noted, or a key is missing or unknown.
+        ValueError: nothing was noted, a key is missing or unknown, or a value is of no run.
 
     Example:
         >>> noted = {"steps": [5], "modules": ["layers.0.q", "layers.1.q"], "since": 0}
@@ -189,7 +192,8 @@ def balance(trained: Adapter | Mapping[str, Any]) -> Balance:
     """
     told: Any = trained
     if isinstance(trained, Adapter):
-        told = (trained.provenance.get("record") or {}).get("balance")
+        record = trained.provenance.get("record")
+        told = record.get("balance") if isinstance(record, Mapping) else None
         if told is None:
             raise ValueError(
                 "nothing was noted of this adapter's balance; train it with train.balance_every: 10 in the recipe"
@@ -197,4 +201,34 @@ def balance(trained: Adapter | Mapping[str, Any]) -> Balance:
     names = [one.name for one in fields(Balance)]
     if not isinstance(told, Mapping) or set(told) != set(names):
         raise ValueError(f"this is no balance of a training run; its keys are {', '.join(names)}")
+    _check(told)
     return Balance(**told)
+
+
+def _check(told: Mapping[str, Any]) -> None:
+    """Refuse values that no run notes; by name."""
+    steps = _all(told["steps"], "steps", _is_step, f"whole numbers in [0, {_MOST_STEPS}]")
+    if not steps or any(one >= then for one, then in pairwise(steps)):
+        raise ValueError(f"balance: steps must rise, and be at least one, got {short(steps)}")
+    _all([told["since"]], "since", _is_step, f"a whole number in [0, {_MOST_STEPS}]")
+    _all(told["modules"], "modules", lambda one: isinstance(one, str), "texts")
+    for what in WHAT:
+        for at, row in enumerate(_all(told[what], what, lambda one: isinstance(one, list | tuple), "lists")):
+            _all(row, f"{what}[{at}]", _is_norm, f"null or numbers in [0, {_MOST_NORM:g}]")
+
+
+def _all(values: Any, where: str, good: Callable[[Any], bool], what: str) -> Any:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"balance: {where} must be a list of {what}, got {short(values)}")
+    for value in values:
+        if not good(value):
+            raise ValueError(f"balance: {where} must hold {what}, got {short(value)}")
+    return values
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_STEPS
+
+
+def _is_norm(value: Any) -> bool:
+    return value is None or (is_number(value) and 0 <= value <= _MOST_NORM)

@@ -56,7 +56,8 @@ def _recipe(one: Adapter | Mapping[str, Any]) -> str:
     Keys without a value do not count: a later version may have more of them.
     """
     told = one.provenance.get("arguments") if isinstance(one, Adapter) else None
-    own = {key: value for key, value in (told or {}).items() if key not in ("seed", "output")}
+    held = told if isinstance(told, Mapping) else {}
+    own = {key: value for key, value in held.items() if key not in ("seed", "output")}
     return repr(sorted((key, value) for key, value in flat(own) if value not in (None, "", "false"))) if own else ""
 
 
