@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from loraloom.adapter import Adapter, Factors
+from loraloom.cli import app
 from loraloom.ops.merge import merge
+from loraloom.probes.stability import Stability
+from loraloom.probing import stability_report_of
 from loraloom.report import Bars, Curve, Heatmap, Table, read
 from loraloom.report.context import ran
+from loraloom.report.words import words_of
 from loraloom.store import save
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +80,48 @@ def test_scores_are_bars_with_intervals_and_all_can_be_read_at_once(tmp_path):
     assert bars.series[0].low == (0.4, 0.4)
     assert len(titles(report, Table)) == 1
     assert report.title == "2 reports: scores, a: train"
+
+
+def test_scores_on_two_splits_or_twice_on_one_are_bars_of_their_own(tmp_path):
+    row = {"adapter": "a", "task": "digits", "low": 0.1, "high": 0.9}
+    told = [("test", 0.5), ("validation", 0.6), ("test", 0.7)]
+    (tmp_path / "s.json").write_text(json.dumps([row | {"split": split, "value": value} for split, value in told]))
+    bars = read([tmp_path / "s.json"]).panels[0]
+    shown = {one.name: one.y for one in bars.series}
+    assert shown == {"a, test": (0.5,), "a, validation": (0.6,), "a, test #2": (0.7,)}
+
+
+OTHERS = {
+    "log of texts": ({"log": ["x"]}, ""),
+    "no log": ({"log": 5, "error": {}}, ""),
+    "a loss that is text": ({"log": [{"step": 1, "loss": "x"}, {"step": 2, "loss": 1.0}]}, "went from 1 to 1."),
+    "seconds": ({"seconds": [1]}, ""),
+    "a norm that is text": ({"error": {"a": 0.5, "b": 0.25}, "norm": {"a": "x", "b": 2.0}}, "is 25 % off"),
+    "norms in a list": ({"error": {"a": 0.5}, "norm": ["a"]}, ""),
+    "an error that is none": ({"error": {"a": [1]}, "norm": {"a": 1.0}}, ""),
+    "errors in a list": ({"error": ["a"], "norm": {"a": 1.0}}, ""),
+}
+
+
+@pytest.mark.parametrize(("record", "said"), OTHERS.values(), ids=OTHERS)
+def test_what_another_program_wrote_is_left_out_where_it_is_of_another_type(record, said, tmp_path):
+    file = tmp_path / "loraloom.json"
+    for told in ({"record": record}, {"record": record, "inputs": 5}, {"record": [record], "inputs": ["x"]}):
+        file.write_text(json.dumps({"operation": "train", **told}))
+        report = read([file])
+        assert report.summary.startswith(f"{tmp_path.name} was made by train.")
+        assert said in report.summary or isinstance(told["record"], list)
+        assert "Inputs" not in titles(report, Table) and ("off what" in report.summary) <= ("off" in said)
+    done = CliRunner().invoke(app, ["report", str(file), "-o", str(tmp_path / "page.md")])
+    assert done.exit_code == 0, done.output
+
+
+def test_intervals_are_of_what_their_note_says():
+    """Those of a sweep are over seeds, those of draws over draws: the glossary must not say test examples."""
+    meaning = dict(words_of(["95 % intervals"]))["95 % interval"]
+    assert "examples" not in meaning and "the note beside it" in meaning
+    found = Stability((0.5,), (0.9,), (0.8,), (1.0,), ((0.8, 1.0),), "layer", 4, 1.0, 0.5, None, None, 9, 2)
+    assert "95 % intervals over them" in stability_report_of(found, "a", "digits").panels[0].note
 
 
 @pytest.mark.parametrize("name", ["balance", "tune_demo", "lori"])

@@ -29,7 +29,9 @@ from loraloom.integrations.scoring import trained_with
 from loraloom.masks import load_mask, save_mask, support
 from loraloom.measured import Statistics, load_statistics, save_statistics
 from loraloom.packages import Package, unpack
+from loraloom.probing import balance_report
 from loraloom.store import load, save
+from loraloom.untrusted import read_json
 
 
 def adapter(modules: int = 2, seed: int = 0, **config: Any) -> Adapter:
@@ -160,6 +162,34 @@ def results(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def record(folder: Path) -> None:
+    """What the record of an adapter tells that was trained, and cut."""
+    log = [{"step": at, "loss": 1.0 / at, "grad_norm": 0.5} for at in (1, 2)]
+    names = [f"layers.{at}.{part}" for at in range(2) for part in "qv"]
+    cut = {"error": dict.fromkeys(names, 0.5), "norm": dict.fromkeys(names, 2.0)}
+    told = {"operation": "train", "seed": 0, "arguments": {"method": "linear"}, "command": "loraloom train a.yaml"}
+    told |= {"inputs": [{"operation": "merge", "source": "a"}], "record": {"seconds": 1.5, "log": log, **cut}}
+    (folder / "a").mkdir()
+    (folder / "a" / "loraloom.json").write_text(json.dumps(told))
+
+
+def whole_record(folder: Path) -> None:
+    """The page of an adapter's record, as markdown."""
+    report.read([folder / "a"]).to_markdown()
+
+
+def evenness(folder: Path) -> None:
+    """What a run noted of its balance."""
+    rows = [[0.0] * 4, [1.0, 2.0, None, 1.5], [2.0, 1.0, 1.5, 3.0]]
+    told = {"steps": [0, 5, 10], "modules": [f"layers.{at}.{part}" for at in range(2) for part in "qv"], "since": 0}
+    (folder / "b.json").write_text(json.dumps(told | dict.fromkeys(("gradient", "update", "distance"), rows)))
+
+
+def whole_balance(folder: Path) -> None:
+    """The page of a balance, as markdown."""
+    balance_report([read_json(folder / "b.json")], ["b"]).to_markdown()
+
+
 def sharded(folder: Path) -> None:
     """A model in two shards."""
     from safetensors.torch import save_file
@@ -202,6 +232,8 @@ READERS: dict[str, Reader] = {
     "lori": Reader(yaml_file("recipe.yaml", LORI), read_recipe),
     "task": Reader(yaml_file("task.yaml", TASK), lambda folder: recipe.read_task(str(folder / "task.yaml")).columns()),
     "results": Reader(results, whole_report, report_page, ("report", "results.json", "-o", "page.html")),
+    "record": Reader(record, whole_record, command=("report", "a", "-o", "page.html")),
+    "balance": Reader(evenness, whole_balance, command=("probe", "balance", "b.json", "-o", "out.json")),
     "base": Reader(sharded, whole_base),
     "seal": Reader(sealed, is_whole),
     "wheel": Reader(wheel, package_in),

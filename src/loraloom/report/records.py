@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from loraloom.report.document import FORMAT, Report
 from loraloom.report.grid import flat
 from loraloom.report.panels import Bars, Curve, Heatmap, Panel, Series, Table
 from loraloom.strategies.units import group, layer, role
+from loraloom.untrusted import is_number
 
 # Key of the Trainer's log: title and what the axis says.
 _CURVES = {
@@ -70,16 +72,16 @@ def _is_rows(content: Any) -> bool:
 def _of_record(told: Mapping[str, Any], name: str) -> Report:
     operation, record = str(told["operation"]), _map(told.get("record"))
     command = _command(told)
-    panels = [*_logged(record.get("log"), command), *_errors(record, command)]
-    inputs = [one for one in told.get("inputs") or () if isinstance(one, Mapping)]
+    log, inputs = _maps(record.get("log")), _maps(told.get("inputs"))
+    panels = [*_logged(log, command), *_errors(record, command)]
     if inputs:
         rows = tuple((at + 1, _text(one.get("operation")), _text(one.get("source"))) for at, one in enumerate(inputs))
         panels.append(Table("Inputs", ("input", "made by", "source"), rows, command=command))
     run = {key: value for key, value in told.items() if key not in ("record", "inputs", "operation") and value != ""}
     said = [f"{name} was made by {operation}{_by(told)}."]
-    if (seconds := record.get("seconds")) is not None:
+    if is_number(seconds := record.get("seconds")):
         said.append(f"Training took {seconds:.0f} s.")
-    if losses := [row["loss"] for row in record.get("log") or () if _known(row.get("loss"))]:
+    if losses := [row["loss"] for row in log if is_number(row.get("loss"))]:
         said.append(f"The training loss went from {losses[0]:.3g} to {losses[-1]:.3g}.")
     if (error := total(record)) is not None:
         said.append(f"Over all modules that were cut, the result is {100 * error:.2g} % off what was asked for.")
@@ -102,20 +104,20 @@ def _map(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _maps(value: Any) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _known(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _logged(log: Any, command: str) -> list[Panel]:
+def _logged(log: Sequence[Mapping[str, Any]], command: str) -> list[Panel]:
     """A curve for each number of the Trainer's log that has a name here, over the steps."""
-    rows = [row for row in log or () if isinstance(row, Mapping) and _known(row.get("step"))]
+    rows = [row for row in log if is_number(row.get("step"))]
     panels: list[Panel] = []
     for key, (title, label) in _CURVES.items():
-        points = [(row["step"], float(row[key])) for row in rows if _known(row.get(key))]
+        points = [(row["step"], float(row[key])) for row in rows if is_number(row.get(key))]
         if len(points) > 1:
             steps, values = zip(*points, strict=True)
             panels.append(Curve(title, "optimizer step", label, (Series(label, steps, values),), command=command))
@@ -124,7 +126,7 @@ def _logged(log: Any, command: str) -> list[Panel]:
 
 def _errors(record: Mapping[str, Any], command: str) -> list[Panel]:
     """Relative errors of what was cut, by layer and projection."""
-    errors = {name: value for name, value in _map(record.get("error")).items() if _known(value)}
+    errors = {name: value for name, value in _map(record.get("error")).items() if is_number(value)}
     if not errors:
         return []
     note = "Relative error |asked - result| / |asked| in Frobenius norms, of the modules that were cut."
@@ -158,12 +160,21 @@ def _short(value: Any) -> bool:
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], name: str) -> Bars:
+    """Bars are called by adapter, split where there are several, and a number where that is not enough."""
     tasks = tuple(dict.fromkeys(str(row["task"]) for row in rows))
+    splits = {row.get("split") for row in rows}
+    seen: Counter[tuple[str, str]] = Counter()
     by: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        by.setdefault(str(row.get("adapter", "score")), {})[str(row["task"])] = row
+        who, task = str(row.get("adapter", "score")), str(row["task"])
+        who += f", {row.get('split')}" if len(splits) > 1 else ""
+        seen[who, task] += 1
+        who += f" #{seen[who, task]}" if seen[who, task] > 1 else ""
+        by.setdefault(who, {})[task] = row
     series = tuple(
         Series(who, tuple(held), *(tuple(row[end] for row in held.values()) for end in ("value", "low", "high")))
         for who, held in by.items()
     )
-    return Bars(f"Scores: {name}", "accuracy", tasks, series, "Bars have 95 % intervals over test examples.")
+    return Bars(
+        f"Scores: {name}", "accuracy", tasks, series, "Bars have 95 % intervals over the examples of the split."
+    )

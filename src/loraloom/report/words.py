@@ -31,7 +31,7 @@ MEANING = {
     "Shapley": "a fair division of a gain among those who made it: each one's mean contribution over all orders",
     "Gini": "a measure of inequality: 0 if all have the same, towards 1 if one has all",
     "accuracy": "share of test examples that are answered rightly",
-    "95 % interval": "from where to where the value may lie by the chance of the test examples alone",
+    "95 % interval": "holds the true value in 95 of 100 such measurements, by the chance that the note beside it names",
 }
 _FORMS = {
     "merge": r"merges?",
