@@ -63,11 +63,13 @@ def adapter() -> Adapter:
     return drawn()
 
 
-def noise() -> Bench:
+def noise(test: list[Example] | None = None) -> Bench:
     torch.manual_seed(0)
     draw = np.random.default_rng(0)
     rows = [Example(draw.integers(0, 256, (8, 8, 3), np.uint8), ("a", "b"), at % 2) for at in range(30)]
-    task = Task("noise", "image", ("a", "b"), "", MappingProxyType({"train": rows, "test": rows}), "here", "none")
+    task = Task(
+        "noise", "image", ("a", "b"), "", MappingProxyType({"train": rows, "test": test or rows}), "here", "none"
+    )
     stats = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     return bench(Tower().eval(), task, family="vision", processor=stats, image_size=8)
 
@@ -188,6 +190,40 @@ def test_a_journal_of_another_request_model_or_task_is_refused(made, adapter, tm
         weight.div_(1.01)
     report(made, adapter, out, {**REQUEST, "samples": 8}, fresh=True)
     assert out.exists() and not out.with_name("s.json.part").exists()
+
+
+def test_overwriting_begins_anew_where_the_model_or_the_data_changed(adapter, tmp_path, monkeypatch, capsys):
+    out, held = tmp_path / "s.json", noise()
+    rows = list(held.task.splits["test"])
+    rows[0] = replace(rows[0], label=1 - rows[0].label)
+    part = out.with_name("s.json.part")
+
+    def stopped(**options: Any) -> None:
+        with monkeypatch.context() as patch:
+            counted(patch, most=3)
+            with pytest.raises(KeyboardInterrupt):
+                report(held, adapter, out, **options)
+
+    stopped()
+    with torch.no_grad():
+        held.model.layers[0].fc.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"s.json.part holds scores of another model .*; remove it, or --overwrite"):
+        report(held, adapter, out)
+    stopped(fresh=True)
+    assert "begins anew; what was kept is of another model" in capsys.readouterr().err
+    assert len(part.read_text().splitlines()) == 1 + 2 + 3
+    count = counted(monkeypatch)
+    expected = shapley_report({"a": adapter}, held).to_json()
+    assert report(held, adapter, out, fresh=True) == expected  # the same command goes on
+    assert count == [16 + 13]
+    held = noise()
+    out.unlink()
+    stopped()
+    held = noise(rows)
+    with pytest.raises(ValueError, match=r"holds scores of another task .*; remove it, or --overwrite"):
+        report(held, adapter, out)
+    assert report(held, adapter, out, fresh=True) == shapley_report({"a": adapter}, held).to_json()
+    assert out.exists() and not part.exists()
 
 
 def test_scores_are_remembered_over_several_questions(made, adapter, tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
+from loraloom.adapter import Adapter, AdapterMismatch, Shape, UnsupportedKind
 from loraloom.experts import all_parameters, owner_of, parameters_of
 from loraloom.ops.spaces import SPACES
 from loraloom.registry import Technique, UnknownName
@@ -179,6 +181,49 @@ def check_size(rank: int | None, energy: float | None, budget: int | str | None)
         raise ValueError("rank, energy and budget each say how large the result may be; give at most one")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+
+
+def check_device(device: str | None) -> None:
+    """A device that torch has here.
+
+    Raises:
+        ValueError: says why it is none.
+    """
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+
+
+def check_sizes(name: str, shapes: Mapping[int, Shape], adapters: Sequence[Adapter], space: str) -> None:
+    """Updates of one module of equal sizes; of equal ranks and in all adapters, where the space needs that.
+
+    Args:
+        name: of the module.
+        shapes: sizes by place of the adapters that have it.
+        adapters: all of the merge.
+        space: of the merge.
+
+    Raises:
+        AdapterMismatch: says which adapter differs, and how.
+    """
+    start, first = next(iter(shapes.items()))
+    who = which(start, adapters)
+    for at, shape in shapes.items():
+        other = which(at, adapters)
+        if shape[:2] != first[:2]:
+            raise AdapterMismatch(f"{name}: {who} is {first.out} x {first.in_}, {other} is {shape.out} x {shape.in_}")
+        if SPACES[space].same and shape.rank != first.rank:
+            raise AdapterMismatch(
+                f"{name}: {who} has rank {first.rank}, {other} has rank {shape.rank}; space {space!r} needs equal"
+                " ranks, use space='delta'"
+            )
+    if SPACES[space].same and len(shapes) < len(adapters):
+        lacking = next(at for at in range(len(adapters)) if at not in shapes)
+        raise AdapterMismatch(
+            f"{name}: {which(lacking, adapters)} has no such module; space {space!r} needs the same modules in"
+            " all, use space='delta'"
+        )
 
 
 def check_statistics(

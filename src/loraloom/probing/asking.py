@@ -95,7 +95,7 @@ class Kept:
         out: the result; the journal lies beside it.
         request: tells what is asked for, plain JSON.
         name: of the probe.
-        fresh: forget a journal of another request instead of refusing it.
+        fresh: forget a journal of another request, model or other examples instead of refusing it.
 
     Attributes:
         rank: number of this process; 0 reads and writes.
@@ -126,14 +126,11 @@ class Kept:
         return work() if self.size == 1 else edge("processes").first(work)
 
     def mark(self, name: str, value: Callable[[], str]) -> None:
-        """Refuse to go on where what scores depend on has changed."""
+        """Refuse to go on where what scores depend on has changed, or forget the scores."""
         _ = self.known
-
-        def note() -> None:
-            if self._journal is not None:
-                self._journal.mark(name, value())
-
-        self.first(note)
+        if self.first(lambda: self._journal is not None and self._journal.mark(name, value())):
+            self.known.clear()
+            self.progress.say(f"begins anew; what was kept is of another {name}")
 
     def scores(
         self,

@@ -25,7 +25,7 @@ class Journal:
     Args:
         path: the file; made where there is none.
         request: what is asked for, plain JSON.
-        fresh: forget one of another request instead of refusing it.
+        fresh: forget one of another request, or of what has changed since, instead of refusing it.
 
     Attributes:
         known: the scores by key.
@@ -49,6 +49,7 @@ class Journal:
         self.path = path
         self.known: dict[str, float] = {}
         self._marks: dict[str, str] = {}
+        self._request, self._fresh = json.loads(json.dumps(request)), fresh
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BufferedRandom = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         try:
@@ -56,7 +57,7 @@ class Journal:
             if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_JSON:
                 raise ValueError(f"{path} is damaged: no file, or one of more than {MOST_JSON} bytes; remove it")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read(json.loads(json.dumps(request)), fresh)
+            self._read()
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"{path} is being written by another process; give another output") from None
@@ -64,17 +65,25 @@ class Journal:
             self._file.close()
             raise
 
-    def mark(self, name: str, value: str) -> None:
+    def mark(self, name: str, value: str) -> bool:
         """Note what scores depend on and what may change between runs, such as the model.
 
+        Returns:
+            Whether it was another one before, so that all scores are forgotten.
+
         Raises:
-            ValueError: it was another one before.
+            ValueError: it was another one before, and is not ``fresh``.
         """
-        if self._marks.get(name, value) != value:
-            raise ValueError(f"{self.path} holds scores of another {name}; remove it to begin anew")
-        if name not in self._marks:
+        changed = self._marks.get(name, value) != value
+        if changed and not self._fresh:
+            raise ValueError(f"{self.path} holds scores of another {name}; remove it, or --overwrite")
+        if changed:
+            self.known.clear()
+            self._begin({**self._marks, name: value})
+        elif name not in self._marks:
             self._marks[name] = value
             self._write({"mark": name, "is": value})
+        return changed
 
     def add(self, key: str, score: float) -> None:
         """Note a score."""
@@ -90,7 +99,8 @@ class Journal:
         self.path.unlink(missing_ok=True)
         self.close()
 
-    def _read(self, request: Any, fresh: bool) -> None:
+    def _read(self) -> None:
+        request, fresh = self._request, self._fresh
         whole, end, _ = self._file.read().rpartition(b"\n")
         lines = whole.split(b"\n") if end else []
         try:
@@ -112,9 +122,16 @@ class Journal:
             return
         if lines and not fresh:
             raise ValueError(f"{self.path} is of another request{_differs(held, request)}; remove it, or --overwrite")
+        self._begin({})
+
+    def _begin(self, marks: Mapping[str, str]) -> None:
+        """Empty the file, but for the request and these marks."""
         self._file.truncate(0)
         self._file.seek(0)
-        self._write({"request": request})
+        self._write({"request": self._request})
+        self._marks = {}
+        for name, value in marks.items():
+            self.mark(name, value)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")
