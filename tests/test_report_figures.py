@@ -90,6 +90,51 @@ def test_a_table_is_no_figure_and_markdown_shows_the_others(tmp_path):
         page([tmp_path / "run"], tmp_path / "r.pdf")
 
 
+def test_figures_are_there_whole_with_their_page_or_not_at_all(tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "figures"
+    write(Report("Two", "s", demo_report().panels[:2]), run)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):  # the page cannot be written
+        page([run], tmp_path / "file" / "r.html", figures=kept)
+    (tmp_path / "file").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    page([run], tmp_path / "r.html", figures=kept)
+    names = sorted(path.name for path in kept.iterdir())
+    (kept / "figure-9-of-an-earlier-report.svg").touch()
+    page([run], tmp_path / "r.html", figures=kept, overwrite=True)
+    assert sorted(path.name for path in kept.iterdir()) == names
+    (kept / "photo.png").touch()
+    with pytest.raises(FileExistsError, match="is not just figures of a report, so it is not overwritten"):
+        page([run], tmp_path / "r.html", figures=kept, overwrite=True)
+    assert (kept / "photo.png").exists()
+    with pytest.raises(ValueError, match="would hold the page, too"):
+        page([run], tmp_path / "new" / "r.md", figures=tmp_path / "new")
+
+
+def test_a_page_or_figures_that_came_meanwhile_are_not_lost(tmp_path, monkeypatch):
+    out, kept = tmp_path / "r.md", tmp_path / "figures"
+    write(Report("Two", "s", demo_report().panels[:2]), tmp_path / "run")
+    made = Report.to_markdown
+
+    def meanwhile(path):
+        def write(*arguments):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("of another")
+            return made(*arguments)
+
+        return write
+
+    for path, others in ((out, []), (kept / "mine.svg", ["figures"])):
+        monkeypatch.setattr(Report, "to_markdown", meanwhile(path))
+        with pytest.raises(FileExistsError):
+            page([tmp_path / "run"], out, figures=None if path == out else kept)
+        assert path.read_text() == "of another"
+        assert sorted(item.name for item in tmp_path.iterdir()) == sorted(["run", *(others or ["r.md"])])
+        if path == out:
+            out.unlink()
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_colours_can_be_told_from_the_ground(theme):
     """WCAG: 4.5 to 1 for text, 3 to 1 for lines and marks."""

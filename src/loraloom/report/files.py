@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loraloom.folders import whole_file, write_text
+from loraloom.folders import whole_file, whole_folder, write_text
 from loraloom.report.document import Report
 from loraloom.report.figures import write_figures
 from loraloom.report.records import report_of
@@ -99,11 +101,11 @@ def page(
         paths: what to read.
         out: HTML, or markdown where it ends in ``.md``.
         figures: a folder for every figure as SVG and PNG; of markdown, the figures stand in the page.
-        overwrite: replace what is there.
+        overwrite: replace what is there; a folder only if it holds figures of a report and nothing else.
 
     Raises:
-        FileExistsError: ``out`` or ``figures`` is there already and ``overwrite`` is off.
-        ValueError: ``out`` ends in neither ``.html`` nor ``.md``.
+        FileExistsError: ``out`` or ``figures`` is there, now or in the end, and is not to be replaced.
+        ValueError: ``out`` ends in neither ``.html`` nor ``.md``, or is within ``figures``.
     """
     out, kept = Path(out), None if figures is None else Path(figures)
     if out.is_dir():
@@ -113,13 +115,29 @@ def page(
             raise FileExistsError(f"{path} is there already; --overwrite replaces it")
     if out.suffix.lower() not in (".html", ".htm", ".md"):
         raise ValueError(f"{out}: a page ends in .html or .md")
+    if kept and out.resolve().is_relative_to(kept.resolve()):
+        raise ValueError(f"{kept} would hold the page, too; figures take a folder of their own")
     report = read(paths)
-    drawn = [path for path in write_figures(report, kept) if path.suffix == ".svg"] if kept else []
-    shown = [Path(os.path.relpath(path, out.parent)).as_posix() for path in drawn]
-    text = report.to_markdown(shown) if out.suffix.lower() == ".md" else report.to_html()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, text)
+    with whole_file(out, overwrite=overwrite) as draft, _drawn(report, kept, overwrite) as drawn:
+        shown = [Path(os.path.relpath(path, out.parent)).as_posix() for path in drawn]
+        write_text(draft, report.to_markdown(shown) if out.suffix.lower() == ".md" else report.to_html())
     return out
+
+
+@contextlib.contextmanager
+def _drawn(report: Report, folder: Path | None, overwrite: bool) -> Iterator[list[Path]]:
+    """The figures as SVG, which all lie in the folder when the block ends well."""
+    if folder is None:
+        yield []
+        return
+    target, what = Path(os.path.realpath(folder)), "figures of a report"
+    with whole_folder(target, overwrite=overwrite, mark=_are_figures, what=what) as work:
+        yield [folder / path.name for path in write_figures(report, work) if path.suffix == ".svg"]
+
+
+def _are_figures(folder: Path) -> bool:
+    """Whether a folder holds what ``write_figures`` wrote, and nothing else."""
+    return all(re.fullmatch(r"figure-\d+(-[a-z0-9-]+)?\.(svg|png)", path.name) for path in folder.iterdir())
 
 
 def replace_file(path: Path | str, text: str) -> None:
