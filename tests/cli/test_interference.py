@@ -123,3 +123,37 @@ def test_wrong_requests_are_one_line(place):
         assert done.stderr.startswith(f"loraloom probe {words[0]}: ") and done.stderr.count("\n") == 1
     assert not (place / "i.json").exists()
     assert run("interference", "a", "d", "-o", "i.json", "--allow-different-bases").exit_code == 0
+
+
+def test_a_result_that_came_meanwhile_is_not_lost(place, monkeypatch):
+    """Another process writes it while this one computes."""
+    from loraloom import probing
+
+    made = probing.geometry_report
+
+    def meanwhile(*arguments, **named):
+        (place / "g.json").write_text("of another")
+        return made(*arguments, **named)
+
+    monkeypatch.setattr(probing, "geometry_report", meanwhile)
+    words = ("geometry", "a", "b", "-o", "g.json")
+    done = run(*words)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1) and "g.json" in done.stderr
+    assert (place / "g.json").read_text() == "of another"
+    assert run(*words, "--overwrite").exit_code == 0
+    assert json.loads((place / "g.json").read_text())["title"] == "Geometry"
+
+
+def test_json_is_the_record_and_a_list_where_there_are_several(place):
+    def printed(*words):
+        done = run(*words, "--json", "--overwrite", "-o", "out.json")
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout), json.loads((place / "out.json").read_text())["records"]
+
+    found, records = printed("interference", "a", "b")
+    assert [found] == records
+    shares = {"steps": [1, 2], "modules": ["layers.0.q_proj"], "gradient": [[1.0], [2.0]], "update": [[0.1], [0.2]]}
+    for name in ("x", "y"):
+        Path(f"{name}.json").write_text(json.dumps(shares | {"distance": [[0.1], [0.2]], "since": 0}))
+    found, records = printed("balance", "x.json", "y.json")
+    assert found == records and [one["run"] for one in found] == ["x", "y"]

@@ -121,9 +121,10 @@ def test_wrong_probes_are_one_line(run, world):
 
 
 def test_interference_tells_what_averaging_costs_where_tasks_are_named(run, tmp_path, world, score):
-    done = run("probe", "interference", "a", "b", *TASK, "-o", str(tmp_path / "i.json"), "--no-entries")
+    done = run("probe", "interference", "a", "b", *TASK, "-o", str(tmp_path / "i.json"), "--no-entries", "--json")
     assert done.exit_code == 0, done.output
     made = json.loads((tmp_path / "i.json").read_text())
+    assert json.loads(done.stdout) == made["records"]
     a, b = ll.load(world / "a"), ll.load(world / "b")
     expected = [score(one) for one in (None, a, b, ll.merge([a, b]))]
     assert made["records"][1] == {"adapters": ["base", "a", "b", "average of all"], "scores": {"digits": expected}}

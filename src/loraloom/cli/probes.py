@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from loraloom.cli.shell import (
-    AsJson,
     Many,
     One,
     Other,
@@ -34,6 +33,7 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="JSON to write.", show_de
 Model = Annotated[str, typer.Option(help="Base model; by default what the (first) adapter names.")]
 Split = Annotated[str, typer.Option(help="train, validation or test.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the record, a list where there are several.")]
 Unit = Annotated[str, typer.Option(help="layer, projection, module, tower, or a regular expression.")]
 By = StrEnum("By", ["auto", "multilinear", "permutations", "exact", "banzhaf", "leave-one-out"])
 
@@ -320,13 +320,13 @@ def _request(name: str, ask: Ask, given: dict[str, Any], folders: list[Path]) ->
 
 def _show(report: Any, ask: Ask) -> None:
     """Write a report, and print its first panel as a table and its second as one line."""
-    from loraloom.report import replace_file
+    from loraloom.folders import whole_file, write_text
     from loraloom.report.grid import grid
 
-    ask.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(ask.out, json.dumps(report.to_json(), indent=1) + "\n")
+    with whole_file(ask.out, overwrite=ask.overwrite) as draft:  # refuses what appeared meanwhile
+        write_text(draft, json.dumps(report.to_json(), indent=1) + "\n")
     if ask.as_json:
-        print(json.dumps(report.records[0]))
+        print(json.dumps(report.records[0] if len(report.records) == 1 else report.records))
         return
     first, second, *_ = report.panels
     head, rows = grid(first)
