@@ -13,6 +13,7 @@ import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -142,6 +143,27 @@ def test_checkpointing_of_both_kinds(kind, reentrant):
         assert worst(outcome(model, X), wanted) < 1e-12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_peft_s_where_the_input_is_no_block_of_memory(kind):
+    """A reentrant checkpoint computes by PEFT's code first, and by ours again."""
+    model, turned = adapted(KINDS[kind](lora_dropout=0.5)), X.transpose(0, 1)
+    wanted = outcome(model, turned)
+    ll.fast(model)
+    assert worst(outcome(model, turned), wanted) < 1e-12
+    for layer in model.base_model.model:
+        layer.forward = lambda x, run=layer.forward: checkpoint(run, x, use_reentrant=True)
+    assert worst(outcome(model, turned), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_can_be_changed_in_place(kind):
+    model, own = ll.fast(adapted(KINDS[kind]())), adapted(KINDS[kind]())
+    for one in (model, own):
+        for name in ("q", "o"):
+            getattr(one.base_model.model[0], name).register_forward_hook(lambda module, inputs, out: out.mul_(0.5))
+    assert worst(outcome(model, X), outcome(own, X)) < 1e-12
+
+
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_in_16_bits_is_no_worse_than_peft_s(kind, autocast):
@@ -219,9 +241,44 @@ def _trained(model: Any) -> None:
     model.base_model.model[0].q.base_layer.bias.requires_grad_()
 
 
+def _pruned(model: Any) -> None:
+    prune.l1_unstructured(model.base_model.model[0].q.base_layer, "weight", 0.5)
+
+
+class Rounded(nn.Linear):
+    """As torchao's training for quantisation swaps in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight * 4).round() / 4)
+
+
+def _rounded(model: Any) -> None:
+    part = model.base_model.model[0].q.lora_A
+    rounded = Rounded(8, 3, bias=False)
+    rounded.weight = part["default"].weight
+    part["default"] = rounded
+
+
+def _patched(model: Any) -> None:
+    part = model.base_model.model[0].q.lora_B["default"]
+    part.forward = lambda x: 2 * nn.functional.linear(x, part.weight)
+
+
+def _other_dropout(model: Any) -> None:
+    model.base_model.model[0].q.lora_dropout["default"] = nn.AlphaDropout(0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(_two, "several adapters"), (_hook, "something hooks into"), (_trained, "trained weight or bias")],
+    [
+        (_two, "several adapters"),
+        (_hook, "something hooks into"),
+        (_pruned, "something hooks into"),
+        (_trained, "trained weight or bias"),
+        (_rounded, "parts of other kinds"),
+        (_patched, "parts of other kinds"),
+        (_other_dropout, "dropout of another kind"),
+    ],
 )
 def test_what_is_not_covered_takes_peft_s_code_and_says_so_once(change, told, caplog):
     paths._say.cache_clear()
@@ -230,10 +287,20 @@ def test_what_is_not_covered_takes_peft_s_code_and_says_so_once(change, told, ca
     for one in (model, own):
         torch.manual_seed(5)
         change(one)
+        one.double()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert worst(outcome(model.double(), X), outcome(own.double(), X)) < 1e-12
+            assert worst(outcome(model, X), outcome(own, X)) < 1e-12
     assert [record.message for record in caplog.records if told in record.message].__len__() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_evaluation_mode_does_nothing(kind):
+    models = adapted(KINDS[kind](lora_dropout=0.5)), ll.fast(adapted(KINDS[kind](lora_dropout=0.5)))
+    for module in [module for model in models for module in model.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert worst(outcome(models[1], X), outcome(models[0], X)) < 1e-12
 
 
 def test_layers_without_a_fast_path_are_told_and_left(caplog):

@@ -84,6 +84,15 @@ def test_results_and_gradients_are_the_layer_s(plan: MokA, given: dict[str, Tens
         assert torch.equal(ll.fast(model)(**given).logits, wanted)
 
 
+def test_what_is_done_to_outputs_and_to_parts_is_done_here_too() -> None:
+    model, own = ll.fast(moka()), moka()
+    for one in (model, own):
+        layer = next(module for module in one.modules() if isinstance(module, MokALinear))
+        layer.register_forward_hook(lambda module, inputs, out: out.mul_(0.5))
+        layer.lora_B["default"].forward = lambda x, part=layer.lora_B["default"]: x @ part.weight.T / 2
+    assert worst(outcome(model, batch()), outcome(own, batch())) < 1e-10
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each node of the graph computes, as it comes."""
     calls: list[int] = []

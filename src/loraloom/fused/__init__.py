@@ -107,7 +107,7 @@ class _Lora(torch.autograd.Function):
         parts = list(passes.each(tensors, 6))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
         flat, lows = in_kind(passes.rows(x), wide), [part[2] for part in parts]
-        all_down, kept = passes.down(flat, passes.stacked(lows, thin), p)
+        all_down, kept = passes.down(x, flat, passes.stacked(lows, thin), p)
         down = passes.apart(all_down, lows, dim=1)
         outs, norms, bare = [], [], []
         for (weight, bias, a, b, magnitude, square), scale, u in zip(parts, scales, down, strict=True):
@@ -120,7 +120,7 @@ class _Lora(torch.autograd.Function):
                 y = _rescaled(z, magnitude / in_kind(norm, magnitude.dtype), bias)
             norms.append(norm)
             bare.append(None if plain else z)
-            outs.append(y.view(*x.shape[:-1], len(weight)))
+            outs.append(passes.placed(y, x))
         ctx.scales, ctx.p, ctx.dtype = scales, p, dtype
         ctx.set_materialize_grads(False)
         needs = list(passes.each(ctx.needs_input_grad[4:], 6))
@@ -187,7 +187,7 @@ class _Hira(torch.autograd.Function):
                 torch.addmm(y[:, rows], seen, product, beta=int(whole and not one), out=y[:, rows])
             if whole and bias is not None:
                 y += bias
-            outs.append(y.to(dtype or x.dtype).view(*x.shape[:-1], len(weight)))
+            outs.append(passes.placed(y.to(dtype or x.dtype), x))
         learns = any(ctx.needs_input_grad[3 + 4 * i + j] for i in range(len(parts)) for j in (2, 3))
         ctx.save_for_backward(x if learns else None, *(t for weight, _, a, b in parts for t in (weight, a, b)))
         return tuple(outs)

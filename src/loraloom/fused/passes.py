@@ -24,6 +24,11 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def placed(y: Tensor, x: Tensor) -> Tensor:
+    """Rows in the places that they have in ``x``; no view, as nobody could change one of a function in place."""
+    return y.view(*x.shape[:-1], y.shape[-1]).detach()
+
+
 def in_kind(x: Tensor, kind: torch.dtype) -> Tensor:
     """``x.to(kind)``, at once where there is nothing to do: layers are many."""
     return x if x.dtype is kind else x.to(kind)
@@ -39,9 +44,9 @@ def apart(x: Tensor, lows: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
     return (x,) if len(lows) == 1 else x.split([len(a) for a in lows], dim)
 
 
-def down(flat: Tensor, low: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """``A x``, and which entries of x dropout left."""
-    kept = F.dropout(torch.ones_like(flat, dtype=low.dtype), p) != 0 if p else None
+def down(x: Tensor, flat: Tensor, low: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    """``A x``, and which entries of x dropout left; drawn for x as it lies in memory, as torch draws."""
+    kept = rows(F.dropout(torch.ones_like(x, dtype=low.dtype), p) != 0) if p else None
     return dropped(in_kind(flat, low.dtype), kept, p) @ low.T, kept
 
 

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from loraloom import fused
 from loraloom.fused import Adapted
 from loraloom.integrations.modality import MokALinear
+from loraloom.integrations.sparse import SparseLinear
 from loraloom.strategies.rankback import Between, routed
 
 _log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ _TOGETHER = (
 )
 _CROSS = ("cross", "encoder_attn", "encdec", "attn2")
 _SEVERAL = "several adapters at once, or none"
+_PLAIN = (nn.Linear, SparseLinear)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -252,21 +255,23 @@ def _lora(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtyp
     if isinstance(told, str) or variant is None:
         return told
     one, dropping, dtype = told
-    magnitude = parts["lora_magnitude_vector"]._modules[name].weight
-    return one._replace(magnitude=magnitude, square=_square(layer, one.weight)), dropping, dtype
+    magnitude = parts["lora_magnitude_vector"]._modules[name]
+    if _touched(magnitude):
+        return "DoRA with hooks on its magnitude"
+    return one._replace(magnitude=magnitude.weight, square=_square(layer, one.weight)), dropping, dtype
 
 
 def _factors(layer: Any, x: Tensor, name: str) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
     """Of an adapter in a LoRA layer, all but what a variant adds."""
     parts = layer._modules
     a, b, dropout = (parts[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
-    if b.bias is not None or _hooked(a, b, dropout):
-        return "a LoRA layer with a bias or hooks on its parts"
-    weights = _frozen(layer, x, a.weight, b.weight)
-    if isinstance(weights, str):
-        return weights
-    weight, bias, dtype = weights
-    return Adapted(weight, bias, a.weight, b.weight, layer.scaling[name]), _dropping(dropout), dtype
+    if type(a) not in _PLAIN or type(b) not in _PLAIN or a.bias is not None or b.bias is not None or _touched(a, b):
+        return "a LoRA layer with parts of other kinds, with biases or hooks"
+    low, high = a.weight, b.weight
+    weights, dropping = _frozen(layer, x, low, high), _dropping(dropout)
+    if isinstance(weights, str) or isinstance(dropping, str):
+        return weights if isinstance(weights, str) else dropping
+    return Adapted(weights[0], weights[1], low, high, layer.scaling[name]), dropping, weights[2]
 
 
 def _moka(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
@@ -287,10 +292,10 @@ def _hira(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtyp
     if name is None:
         return _SEVERAL
     a, b, dropout = layer.hira_A[name], layer.hira_B[name], layer.hira_dropout[name]
-    weights = _frozen(layer, x, a, b)
-    if isinstance(weights, str):
-        return weights
-    return Adapted(weights[0], weights[1], a, b), _dropping(dropout), weights[2]
+    weights, dropping = _frozen(layer, x, a, b), _dropping(dropout)
+    if isinstance(weights, str) or isinstance(dropping, str):
+        return weights if isinstance(weights, str) else dropping
+    return Adapted(weights[0], weights[1], a, b), dropping, weights[2]
 
 
 def _only(layer: Any, there: Any) -> str | None:
@@ -298,8 +303,13 @@ def _only(layer: Any, there: Any) -> str | None:
     return names[0] if len(names) == 1 and names[0] in there and not layer.merged_adapters else None
 
 
-def _dropping(dropout: nn.Module) -> nn.Dropout | None:
-    return dropout if isinstance(dropout, nn.Dropout) and dropout.p > 0 else None
+def _dropping(dropout: nn.Module) -> nn.Dropout | None | str:
+    """The dropout where it acts, or why what is in its place does not fit."""
+    if type(dropout) not in (nn.Dropout, nn.Identity) or _touched(dropout):
+        return "an input dropout of another kind, or with hooks"
+    if type(dropout) is nn.Identity or dropout.p == 0 or not dropout.training:
+        return None
+    return dropout if dropout.p < 1 else "an input dropout of 1"
 
 
 def _frozen(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype | None] | str:
@@ -307,11 +317,11 @@ def _frozen(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
     base = layer._modules["base_layer"]
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"a base layer of {type(base).__name__}"
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if _touched(base) or getattr(layer, "_is_replica", False):
+        return "a base layer that something hooks into"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return "a base layer with a quantised, sharded or trained weight or bias"
-    if _hooked(base) or "forward" in vars(base) or getattr(layer, "_is_replica", False):
-        return "a base layer that something hooks into"
     kind, dtype = x.dtype, None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -322,11 +332,9 @@ def _frozen(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
     return weight if type(base) is nn.Linear else weight.T, bias, dtype
 
 
-def _hooked(*modules: nn.Module) -> bool:
-    return any(
-        held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]
-        for held in map(vars, modules)
-    )
+def _touched(*modules: nn.Module) -> bool:
+    """Whether a module has hooks or a ``forward`` of its own, which would be passed by."""
+    return any("forward" in held or any(map(held.__getitem__, _HOOKS)) for held in map(vars, modules))
 
 
 def _square(layer: Any, weight: Tensor) -> Tensor | None:

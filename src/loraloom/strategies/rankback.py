@@ -104,12 +104,12 @@ class _Routed(torch.autograd.Function):
         parts = list(passes.each(tensors, 4))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
         flat = in_kind(passes.rows(x), wide)
-        down, kept = passes.down(flat, passes.stacked([part[2] for part in parts], thin), p)
+        down, kept = passes.down(x, flat, passes.stacked([part[2] for part in parts], thin), p)
         z = between.enter(down)
         outs = []
         for (weight, bias, _, b), scale, h in zip(parts, scales, between.leave(z).chunk(len(parts), 1), strict=True):
             y = F.linear(flat, in_kind(weight, wide), None if bias is None else in_kind(bias, wide))
-            outs.append(passes.plus(y, h, in_kind(b, thin).T, scale).view(*x.shape[:-1], len(weight)))
+            outs.append(passes.placed(passes.plus(y, h, in_kind(b, thin).T, scale), x))
         ctx.between, ctx.scales, ctx.p, ctx.dtype = between, scales, p, dtype
         ctx.set_materialize_grads(False)
         learns = any(need[2] for need in passes.each(ctx.needs_input_grad[5:], 4))
