@@ -271,6 +271,20 @@ def test_hira_merges_through_its_factors_without_alpha(methods):
     assert merge(adapters, "largest", space="factors").modules[Q].rank == 2
 
 
+@pytest.mark.parametrize("arguments", [{}, {"method": "svd"}, {"space": "core"}, {"energy": 0.9}, {"rank": 3}])
+def test_hira_of_different_modules_merges_at_one_rank_that_peft_loads(tmp_path, arguments):
+    said = {"peft_type": "HIRA", "target_modules": ["q", "v"]}
+    a, b = random_adapter(1, {Q: (6, 5, 2)}, **said), random_adapter(2, {Q: (6, 5, 2), V: (4, 5, 2)}, **said)
+    merged = merge([a, b], weights=[2.0, -1.0], **arguments)
+    again = load(save(merged, tmp_path / "merged"))
+    assert len({again.shape(name).rank for name in (Q, V)}) == 1
+    for name in (Q, V):
+        assert merged.shape(name) == merged.modules[name].shape == again.shape(name)
+        assert np.allclose(delta(again.modules[name]), delta(merged.modules[name]))
+        if not arguments or "space" in arguments:
+            assert matches(merged.modules[name], ensemble([a, b], [2.0, -1.0], name))
+
+
 @pytest.mark.parametrize("layout", [{"kernel": (1, 5, 1)}, {"embedding": True}])
 @pytest.mark.parametrize("arguments", [{}, {"rank": 1}, {"space": "factors"}, {"method": "largest"}])
 def test_layouts_are_carried_and_must_agree(layout, arguments, methods):

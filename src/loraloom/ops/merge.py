@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, padded
 from loraloom.modalities import ready_to_merge
 from loraloom.ops.certificate import chained, note
 from loraloom.ops.checks import (
     Weights,
+    check_device,
     check_fit,
     check_gauge,
     check_knobs,
     check_linear,
     check_size,
+    check_sizes,
     check_statistics,
     checked_space,
     checked_weights,
@@ -104,7 +106,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
             a method that looks at single entries of the delta, an initialisation that moved the base weights (PiSSA
             and its like, unless converted).
         UnknownName: no such method, space or option.
-        ValueError: weights, size, density, statistics or knobs that do not fit.
+        ValueError: weights, size, density, statistics, knobs or a device that do not fit.
 
     Example:
         >>> one = Factors(B=torch.ones(2, 1), A=torch.ones(1, 2))
@@ -124,6 +126,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     check_size(rank, energy, budget)
     given = knobs if density is None else {"density": density, **knobs}
     check_knobs(technique, given)
+    check_device(device)
     check_statistics(technique, len(adapters), space, statistics)
     later = energy is not None or budget is not None
     job = _Job(adapters, technique, given, checked, space, rank, later, seed, statistics, base, device)
@@ -286,6 +289,8 @@ def _read(job: _Job, shapes: Mapping[str, Shape], name: str) -> Factors:
     merged, error = SPACES[job.space].carry(parts, request)
     if error is not None:
         note(job.record, name, error, merged)
+    if merged.rank < request.rank:
+        merged = replace(merged, B=padded(merged.B, request.rank), A=padded(merged.A.T, request.rank).T)
     return merged.to(home) if job.device is not None else merged
 
 
@@ -360,28 +365,11 @@ def _aligned(job: _Job) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
     for name in dict.fromkeys(name for adapter in job.adapters for name in adapter.modules):
         shapes = {at: adapter.shape(name) for at, adapter in enumerate(job.adapters) if name in adapter.modules}
-        _check_sizes(name, shapes, job)
+        check_sizes(name, shapes, job.adapters, job.space)
         found[name] = job.shape([shapes[at] for at in job.seen(name) if at in shapes])
     if not found:
         raise ValueError("there is nothing to merge: the adapters have no modules")
+    if job.adapters[0].kind == "hira" and job.base is None:  # PEFT loads them at one rank alone
+        most = max(shape.rank for shape in found.values())
+        return {name: shape._replace(rank=most) for name, shape in found.items()}
     return found
-
-
-def _check_sizes(name: str, shapes: Mapping[int, Shape], job: _Job) -> None:
-    start, first = next(iter(shapes.items()))
-    who = which(start, job.adapters)
-    for at, shape in shapes.items():
-        other = which(at, job.adapters)
-        if shape[:2] != first[:2]:
-            raise AdapterMismatch(f"{name}: {who} is {first.out} x {first.in_}, {other} is {shape.out} x {shape.in_}")
-        if SPACES[job.space].same and shape.rank != first.rank:
-            raise AdapterMismatch(
-                f"{name}: {who} has rank {first.rank}, {other} has rank {shape.rank}; space {job.space!r} needs equal"
-                " ranks, use space='delta'"
-            )
-    if SPACES[job.space].same and len(shapes) < len(job.adapters):
-        lacking = next(at for at in range(len(job.adapters)) if at not in shapes)
-        raise AdapterMismatch(
-            f"{name}: {which(lacking, job.adapters)} has no such module; space {job.space!r} needs the same modules in"
-            " all, use space='delta'"
-        )
