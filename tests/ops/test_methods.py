@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,27 @@ def test_antipodal_directions_fall_back_to_the_line():
     for name in ("slerp", "karcher"):
         assert not run(name, torch.stack([d, -d]), [0.5, 0.5]).any()
         assert torch.allclose(run(name, torch.stack([d, 0 * d]), [0.5, 0.5]), d / 2)
+        for weights in ([0.7, 0.3], [0.5001, 0.4999]):
+            line = (weights[0] - weights[1]) * d
+            assert torch.allclose(run(name, torch.stack([d, -d]), weights), line)
+            noise = 1e-8 * torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            assert torch.allclose(run(name, torch.stack([d, noise - d]), weights), line, atol=1e-7)
+        assert torch.allclose(run(name, torch.stack([d, d, -d]), [0.4, 0.3, 0.3]), 0.4 * d)
+    across = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)  # the mean is opposite to one
+    assert torch.allclose(run("slerp", across, [0.2, 0.4, 0.4]), torch.tensor([-0.6, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["slerp", "karcher"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_opposite_adapters_merge_on_the_line_in_every_space(name, dtype):
+    one = random_adapter(1, {"layers.0.q": (30, 20, 3)}, 2.0)
+    part = one.modules["layers.0.q"]
+    part = replace(part, B=part.B.to(dtype), A=part.A.to(dtype))
+    pair = [replace(one, modules={"layers.0.q": part.scaled(sign)}) for sign in (1.0, -1.0)]
+    for space in ("core", "delta"):
+        merged = merge(pair, name, [0.7, 0.3], space=space).modules["layers.0.q"].delta().double()
+        want = 0.4 * part.delta().double()
+        assert (merged - want).norm() < (0.02 if dtype == torch.bfloat16 else 1e-5) * want.norm()
 
 
 def test_iso_has_a_flat_spectrum_of_the_true_rank():

@@ -17,7 +17,8 @@ class Points:
     Attributes:
         units: their directions.
         shares: their weights, as shares of the sum over those that are not zero.
-        mean: the normalised weighted mean; None where it vanishes.
+        mean: the normalised weighted mean; None where it vanishes, or an update is opposite to it, so that no one great
+            circle leads there.
         norm: that of the result.
     """
 
@@ -53,9 +54,17 @@ def on_sphere(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) 
     whole = sum(weight for _, weight in used)
     units, shares = [unit for unit, _ in used], [weight / whole for _, weight in used]
     mean = sum((share * unit for share, unit in zip(shares, units, strict=True)), torch.zeros_like(flat[0]))
-    length = float(mean.norm())
     norm = sum(weight * size for weight, size in zip(given, norms, strict=True))
-    return Points(units, shares, mean / length if length > 1e-6 else None, norm)
+    length = float(mean.norm())
+    if length <= 1e-6 or (len(units) == 2 and _opposite(*units)):
+        return Points(units, shares, None, norm)
+    mean = mean / length
+    return Points(units, shares, None if any(_opposite(mean, unit) for unit in units) else mean, norm)
+
+
+def _opposite(one: Tensor, other: Tensor) -> bool:
+    """Whether of two unit vectors one is the other turned round, up to rounding."""
+    return float((one + other).norm()) <= 1e-6
 
 
 def log_map(at: Float[Tensor, " n"], to: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
