@@ -187,6 +187,16 @@ def test_refused(method, arguments, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_fisher_information_of_another_size_is_refused_by_module(space):
+    adapters = [random_adapter(seed, {"layers.0.q": (6, 5, 2)}) for seed in (1, 2)]
+    size = (22,) if space == "factors" else (6, 5)
+    for sizes in ([(3,), (3,)], [(40,), (40,)], [(5, 6), (5, 6)], [size, (3,)], [(*size, 2)] * 2):
+        known = [{"layers.0.q": torch.ones(size)} for size in sizes]
+        with pytest.raises(ValueError, match=r"layers\.0\.q: statistics of|needs statistics.*got"):
+            merge(adapters, "fisher", space=space, statistics=known).modules["layers.0.q"]
+
+
 def test_merge_refuses_missing_statistics_and_bad_knobs_before_reading():
     adapters = [random_adapter(seed, SIZES) for seed in (1, 2)]
     unread = [Adapter(a.config, dict.fromkeys(a.modules)) for a in adapters]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, UnsupportedKind
 from loraloom.ops.merge import merge
 from loraloom.ops.merge_methods import merge_methods
 from loraloom.registry import Technique
@@ -143,6 +143,16 @@ def test_weights_by_module():
         merge(adapters, weights={Q: [1.0, 2.0], V: [1.0]})
     one = merge(adapters[:1], weights={Q: [1.0], V: [1.0]})
     assert one.modules[Q] is adapters[0].modules[Q]
+
+
+def test_weights_of_every_module_are_tried_before_anything_is_read():
+    def unread(name):
+        raise AssertionError("read")
+
+    adapters = [random_adapter(seed, SIZES[0]) for seed in (1, 2)]
+    lazy = [replace(one, modules=Modules(list(one.modules), unread, one.shape)) for one in adapters]
+    with pytest.raises(ValueError, match="weights must not be negative"):
+        merge(lazy, "slerp", weights={Q: [0.5, 0.5], V: [0.5, -0.5]})
 
 
 @pytest.mark.parametrize("space", ["delta", "knots", "factors"])

@@ -231,8 +231,10 @@ class _Job:
     def rehearse(self) -> None:
         """Refuse now what would be refused at the first module: the kind, and what the method finds wrong on zeros."""
         kind = self.adapters[0].kind
-        first = next(iter(self.weights.values())) if isinstance(self.weights, dict) else self.weights
-        self.combine("")(torch.zeros(len(first), 2, 2), torch.tensor(first))
+        lists = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        for each in dict.fromkeys(map(tuple, lists)):
+            used = [weight for weight in each if weight != 0] or each
+            self.combine("")(torch.zeros(len(used), 2, 2), torch.tensor(used))
         if self.base is not None and (kind not in ("dora", "hira") or self.space != "delta"):
             raise ValueError(f"base goes with DoRA or HiRA in space 'delta', got {kind} in space {self.space!r}")
         if self.untouched:

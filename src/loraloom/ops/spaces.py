@@ -150,10 +150,12 @@ def _combined_factors(
     """The method on the stacked B and on the stacked A, roots of scales multiplied in."""
     b = torch.stack([root * part.B.to(working) for root, part in zip(signed, whole, strict=True)])
     a = torch.stack([abs(root) * part.A.to(working) for root, part in zip(signed, whole, strict=True)])
-    if request.statistics is None:
+    flat, size = _stacked(request, b), b[0].numel()  # B before A
+    if flat is None:
         return _combined(b, request), _combined(a, request)
-    flat = torch.stack(list(request.statistics)).to(b)  # B before A
-    size = b[0].numel()
+    if flat.shape[1:] != (size + a[0].numel(),):
+        got = " x ".join(map(str, flat.shape[1:]))
+        raise ValueError(f"{request.name}: statistics of B and A are {size + a[0].numel()} numbers, got {got}")
     return _combined(b, request, flat[:, :size].view_as(b)), _combined(a, request, flat[:, size:].view_as(a))
 
 
@@ -179,7 +181,7 @@ def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
                 row.copy_(request.dense(part))
             else:
                 torch.mm(part.scale * part.B.to(working), part.A.to(working), out=row)
-        dense = _combined(stack, request, _stacked(request.statistics, stack))
+        dense = _combined(stack, request, _stacked(request, stack))
         del stack
     like = replace(present[0], B=present[0].B.to(stored), bias=_bias(parts, scales, request), magnitude=None)
     start = torch.cat([part.B.to(working) for part in present], dim=1)
@@ -270,7 +272,7 @@ def in_knots(parts: Parts, request: Request) -> tuple[Factors, float | None]:
         else:
             scale, at = block
             torch.mm((scale * left.rows[:, at] / left.values[:, None]).to(working), joint.A[at], out=row)
-    merged = _combined(stack, request, _stacked(request.statistics, stack)) if stack.numel() else stack[0]
+    merged = _combined(stack, request, _stacked(request, stack)) if stack.numel() else stack[0]
     del stack
     if len(merged) <= request.rank:
         whole = joint.B @ (left.map * left.values).to(working)
@@ -352,8 +354,13 @@ def _combined(stack: Updates, request: Request, statistics: Tensor | None = None
     return request.combine(stack, weights, statistics=statistics)
 
 
-def _stacked(statistics: Sequence[Tensor] | None, like: Tensor) -> Tensor | None:
-    return None if statistics is None else torch.stack(list(statistics)).to(like)
+def _stacked(request: Request, like: Tensor) -> Tensor | None:
+    if request.statistics is None:
+        return None
+    sizes = dict.fromkeys(tuple(one.shape) for one in request.statistics)
+    if len(sizes) > 1:
+        raise ValueError(f"{request.name}: statistics of different sizes: {', '.join(map(str, sizes))}")
+    return torch.stack(list(request.statistics)).to(like)
 
 
 def _bias(parts: Parts, scales: Sequence[float], request: Request) -> Tensor | None:

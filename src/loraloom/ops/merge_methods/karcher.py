@@ -20,8 +20,8 @@ def karcher(
 
     The direction m with ``sum_i w_i log_m(u_i) = 0``, found from the normalised weighted mean by steps along that sum
     until it is below 1e-7 (float64: 1e-12). The norm is the weighted mean of the norms, times the sum of the weights.
-    For two updates it is ``slerp``. Zero updates count for the norm only. Directions that cancel out, or of which one is
-    opposite to where it starts, have no mean: the weighted sum is taken.
+    For two updates it is ``slerp``. Zero updates count for the norm only. Directions that cancel out, or of which one
+    is opposite to where the steps begin, have no mean: the weighted sum is taken.
 
     Args:
         deltas: the k updates, stacked.

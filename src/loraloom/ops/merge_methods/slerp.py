@@ -17,8 +17,8 @@ def slerp(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> F
     With shares ``t_i = w_i / sum w`` the direction goes the share of the angle between two updates; the norm is the
     mean of the norms by the same shares, times the sum of the weights. For more than two updates the directions are
     averaged in the plane that touches the sphere at their weighted mean (one step of ``karcher``, "multi-SLERP").
-    Zero updates count for the norm only. Directions that cancel out, or of which one is opposite to their mean (two that
-    are opposite), have no great circle: the line is taken, the weighted sum.
+    Zero updates count for the norm only. Directions that cancel out, or of which one is opposite to their mean, as two
+    that are opposite, have no great circle: the line is taken, the weighted sum.
 
     Args:
         deltas: the k updates, stacked.
