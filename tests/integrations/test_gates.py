@@ -16,6 +16,7 @@ from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.gates import Gates, applied, set_dropout
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
+from loraloom.strategies.sparse import LoRI
 
 WIDTH = 16
 
@@ -101,6 +102,15 @@ def test_starts_that_change_the_base_are_refused(start):
         return
     with pytest.raises(UnsupportedKind, match=f"init_lora_weights='{start}'"):
         gates.set([True, False, True])
+
+
+def test_kasa_is_refused():
+    """It cuts the base weight to its largest singular values, and needs no start of its own for that."""
+    model = lora(kasa_config=peft.KasaConfig())
+    with pytest.raises(UnsupportedKind, match="kasa_config"):
+        Gates(model).set([True, False, True])
+    with pytest.raises(UnsupportedKind, match="kasa_config"):
+        LoRI().attach(model)
 
 
 def test_shadow_is_refused():

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,57 @@ def test_gradient_scores_are_what_one_step_of_sgd_makes_of_b() -> None:
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_scores_are_0_where_the_loss_does_not_reach() -> None:
+    model = tiny.model()
+    last = model.get_base_model().model.layers[-1]
+    last.forward = lambda hidden, *args, **kwargs: hidden
+    ids = torch.arange(6)[None]
+    scores = gradient_scores(model, [{"input_ids": ids, "labels": ids}])
+    unreached = [name for name in scores if f"layers.{tiny.LAYERS - 1}." in name]
+    assert unreached == [name for name, score in scores.items() if not score.any()] != []
+
+
+def test_a_refused_attach_changes_nothing() -> None:
+    class Odd(nn.Linear):
+        """A kind of B that cannot be made sparse."""
+
+    model = every()
+    for name, weight in model.named_parameters():
+        if "lora_" in name and "B" in name:
+            nn.init.ones_(weight)
+    adapter = from_model(model)
+    last = list(adapter.modules)[-1]
+    short = replace(adapter.modules[last], A=adapter.modules[last].A[:2], B=adapter.modules[last].B[:, :2])
+    wrong = replace(adapter, modules={**adapter.modules, last: short})
+    mask = masks(model)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+
+    def unchanged() -> None:
+        after = dict(model.named_parameters())
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], v) and after[name].requires_grad == r for name, (v, r) in before.items())
+
+    with pytest.raises(ValueError, match=f"{last}: the A to start from is 2 x 2"):
+        LoRI(start=wrong).attach(model)
+    unchanged()
+    model.base_model.model.head.lora_B["default"].__class__ = Odd
+    with pytest.raises(UnsupportedKind, match="make a Odd sparse"):
+        LoRI(mask=mask, start="fresh").attach(model)
+    unchanged()
+
+
+def test_the_sparse_b_of_an_inactive_adapter_is_trained_when_it_is_active() -> None:
+    model = every()
+    mask = masks(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("second", LoraConfig(r=3, target_modules=TARGETS))
+    LoRI(mask=mask, start="fresh").attach(model, "second")
+    assert not any(kept.requires_grad for _, kept in sparse_parameters(model))
+    model.set_adapter("second")
+    assert all(kept.requires_grad for _, kept in sparse_parameters(model))
 
 
 def test_refused_models() -> None:

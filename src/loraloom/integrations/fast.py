@@ -269,8 +269,10 @@ def _factors(layer: Any, x: Tensor, name: str) -> tuple[Adapted, nn.Dropout | No
         return "a LoRA layer with parts of other kinds, with biases or hooks"
     low, high = a.weight, b.weight
     weights, dropping = _frozen(layer, x, low, high), _dropping(dropout)
-    if isinstance(weights, str) or isinstance(dropping, str):
-        return weights if isinstance(weights, str) else dropping
+    if isinstance(weights, str):
+        return weights
+    if isinstance(dropping, str):
+        return dropping
     return Adapted(weights[0], weights[1], low, high, layer.scaling[name]), dropping, weights[2]
 
 
@@ -293,8 +295,10 @@ def _hira(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtyp
         return _SEVERAL
     a, b, dropout = layer.hira_A[name], layer.hira_B[name], layer.hira_dropout[name]
     weights, dropping = _frozen(layer, x, a, b), _dropping(dropout)
-    if isinstance(weights, str) or isinstance(dropping, str):
-        return weights if isinstance(weights, str) else dropping
+    if isinstance(weights, str):
+        return weights
+    if isinstance(dropping, str):
+        return dropping
     return Adapted(weights[0], weights[1], a, b), dropping, weights[2]
 
 
@@ -303,7 +307,7 @@ def _only(layer: Any, there: Any) -> str | None:
     return names[0] if len(names) == 1 and names[0] in there and not layer.merged_adapters else None
 
 
-def _dropping(dropout: nn.Module) -> nn.Dropout | None | str:
+def _dropping(dropout: Any) -> nn.Dropout | str | None:
     """The dropout where it acts, or why what is in its place does not fit."""
     if type(dropout) not in (nn.Dropout, nn.Identity) or _touched(dropout):
         return "an input dropout of another kind, or with hooks"

@@ -79,15 +79,16 @@ class Gates:
         Raises:
             ValueError: not one truth value a unit.
             UnsupportedKind: a layer has been merged since, or a gate is to close on an adapter that started as a part
-                of the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): the layer without it is not the base layer.
+                of the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA): the layer without it is another than
+                the base layer.
         """
         if len(active) != len(self.units):
             raise ValueError(f"{len(active)} values for {len(self.units)} units ({self.units[0]}, ...); give one each")
         self._refuse_merged()
         if self._start and not all(active):
             raise UnsupportedKind(
-                f"init_lora_weights={self._start!r} moves a part of the base weights into the adapter: without it, the "
-                f"layer is not the base layer; allowed are starts that keep the base (true, gaussian, eva, orthogonal)"
+                f"{self._start} takes a part out of the base weights: without the adapter, the layer is not the base "
+                "layer; allowed are starts that keep the base (true, gaussian, eva, orthogonal)"
             )
         for unit, on in zip(self.units, active, strict=True):
             self.set_one(unit, on)
@@ -297,12 +298,15 @@ def _tuner_layers(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _start_that_changes_base(model: nn.Module) -> str:
+    """The option by which an adapter started so; empty if none did."""
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         for config in configs.values() if isinstance(configs, dict) else ():
             start = getattr(config, "init_lora_weights", None)
             if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-                return start
+                return f"init_lora_weights={start!r}"
+            if getattr(config, "kasa_config", None) is not None:
+                return "kasa_config"
     return ""
 
 

@@ -51,14 +51,14 @@ class _Sparse:
 
     def _thin(self: Any, name: str, dense: Tensor, index: Tensor, kept: str) -> None:
         """Replace the dense parameter ``name`` by the entries at ``index``."""
-        del self._parameters[name]
+        learns = self._parameters.pop(name).requires_grad
         if "_form" not in vars(self):
             self._form = {}
         self._form[kept] = dense.shape
         held = dense.reshape(-1)[index]
         rest = dense.clone()
         rest.view(-1)[index] = 0
-        self.register_parameter(kept, nn.Parameter(held))
+        self.register_parameter(kept, nn.Parameter(held, learns))
         self.register_buffer(f"{kept}_index", index, persistent=False)
         self.register_buffer(f"{kept}_rest", rest if rest.any() else None, persistent=False)
 
@@ -142,9 +142,6 @@ class SparseConv3d(_SparseWeight, nn.Conv3d):  # type: ignore[override]
     """A convolution with a sparse weight."""
 
 
-_SPARSE = {kind.__bases__[1]: kind for kind in (SparseLinear, SparseConv1d, SparseConv2d, SparseConv3d)}
-
-
 class SparseDict(_Sparse, nn.ParameterDict):
     """The B factors of an embedding's adapters; reading a sparse one, a 1-D parameter, gives the matrix."""
 
@@ -177,6 +174,10 @@ class SparseDict(_Sparse, nn.ParameterDict):
                 self._take(dense, prefix + kept, kept, errors)
 
 
+_SPARSE = {kind.__bases__[1]: kind for kind in (SparseLinear, SparseConv1d, SparseConv2d, SparseConv3d, SparseDict)}
+_SPARSE[SparseDict] = SparseDict  # of several adapters
+
+
 def _settle(missing: list[str], ours: str, theirs: str, lacking: bool) -> None:
     """Report a missing weight under the name that it has in a state dict, and only if it is missing."""
     if ours in missing:
@@ -197,16 +198,20 @@ def attach(lori: LoRI, peft_model: nn.Module, adapter_name: str = "default") -> 
     start = getattr(config, "init_lora_weights", True)
     if start not in _STARTS:
         raise UnsupportedKind(f"init_lora_weights={start!r} changes the base weights; LoRI draws A itself: use True")
+    if getattr(config, "kasa_config", None) is not None:
+        raise UnsupportedKind("kasa_config changes the base weights; leave it out")
     allowed = {}
     for name, layer in layers.items():
         _, b = _factors(layer, adapter_name)
         if isinstance(b, _Sparse) and (not isinstance(b, SparseDict) or adapter_name in b._form):
             raise ValueError(f"{name}: LoRI is attached already; detach it first")
         allowed[name] = lori.allowed(name, (_weight(b, adapter_name).shape[0], _weight(b, adapter_name).shape[1]))
+        if allowed[name] is not None and type(b) not in _SPARSE:
+            raise UnsupportedKind(f"{name}: LoRI does not know how to make a {type(b).__name__} sparse")
     unknown = sorted(set(lori.mask or ()) - set(layers))
     if unknown:
         raise ValueError(f"the mask has a module {unknown[0]} that the model does not adapt")
-    stored = _stored(lori, layers)
+    stored = _stored(lori, layers, adapter_name)  # the last that may be refused: from here on the model changes
     for name, layer in layers.items():
         _start(lori, name, layer, adapter_name, stored)
         _freeze(layer, adapter_name)
@@ -261,7 +266,9 @@ def gradient_scores(
         labels = given.pop("labels") if loss is not None else None
         outputs = peft_model(**given)
         value = outputs.loss if loss is None else loss(outputs, labels)
-        for name, grad in zip(total, torch.autograd.grad(value, list(weights.values())), strict=True):
+        for name, grad in zip(
+            total, torch.autograd.grad(value, list(weights.values()), materialize_grads=True), strict=True
+        ):
             total[name] += grad
         seen += 1
     if seen == 0:
@@ -301,17 +308,21 @@ def _weight(held: Any, adapter_name: str) -> Tensor:
     return held[adapter_name] if isinstance(held, nn.ParameterDict) else held.weight
 
 
-def _stored(lori: LoRI, layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The A factors of the adapter that is the plan's start, by module."""
+def _stored(lori: LoRI, layers: Mapping[str, Any], adapter_name: str) -> dict[str, Tensor]:
+    """The A factors of the adapter that is the plan's start, by module; they have the sizes of the model's."""
     from loraloom.adapter import Adapter
     from loraloom.experts import as_stored
 
     if not isinstance(lori.start, Adapter):
         return {}
     held = as_stored(lori.start)
-    for name in layers:
+    for name, layer in layers.items():
         if name not in held.modules:
             raise ValueError(f"the adapter that A is taken from has no module {name}")
+        theirs, a = held.modules[name].A, _weight(_factors(layer, adapter_name)[0], adapter_name)
+        if theirs.numel() != a.numel() or len(theirs) != len(a):
+            told = " x ".join(map(str, theirs.shape))
+            raise ValueError(f"{name}: the A to start from is {told}, this model's is {' x '.join(map(str, a.shape))}")
     return {name: held.modules[name].A for name in layers}
 
 
@@ -323,9 +334,6 @@ def _start(lori: LoRI, name: str, layer: Any, adapter_name: str, stored: Mapping
     a, b = (_weight(held, adapter_name) for held in _factors(layer, adapter_name))
     if name in stored:
         drawn = stored[name]
-        if drawn.numel() != a.numel() or len(drawn) != len(a):
-            told = " x ".join(map(str, drawn.shape))
-            raise ValueError(f"{name}: the A to start from is {told}, this model's is {' x '.join(map(str, a.shape))}")
     else:
         drawn = lori.a(name, len(a), a[0].numel())
         if isinstance(_factors(layer, adapter_name)[0], nn.ParameterDict):
@@ -350,15 +358,9 @@ def _make_sparse(layer: Any, adapter_name: str, index: Tensor) -> None:
     b = _factors(layer, adapter_name)[1]
     dense = _weight(b, adapter_name).detach()
     index = index.to(dense.device)
-    if isinstance(b, nn.ParameterDict):
-        b.__class__ = SparseDict
-        b._thin(adapter_name, dense, index, adapter_name)  # type: ignore[operator]
-        return
-    kind = _SPARSE.get(type(b))
-    if kind is None:
-        raise UnsupportedKind(f"LoRI does not know how to make a {type(b).__name__} sparse")
-    b.__class__ = kind
-    b._thin("weight", dense, index, "kept")
+    name, kept = (adapter_name, adapter_name) if isinstance(b, nn.ParameterDict) else ("weight", "kept")
+    b.__class__ = _SPARSE[type(b)]
+    b._thin(name, dense, index, kept)
 
 
 def sparse_parameters(peft_model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
