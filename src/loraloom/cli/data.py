@@ -9,7 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from loraloom.cli.shell import AsJson, Density, Knobs, Many, One, Out, Overwrite, Seed, Space, command, knobs_of, saved
+from loraloom.cli.shell import (
+    AsJson,
+    Density,
+    Extras,
+    Knobs,
+    Many,
+    One,
+    Out,
+    Overwrite,
+    Seed,
+    Space,
+    Whole,
+    command,
+    knobs_of,
+    saved,
+)
 from loraloom.registry import edge
 
 Kind = StrEnum("Kind", ["gram", "fisher"])
@@ -61,6 +76,7 @@ def search(
     limit: Limit = 200,
     model: Model = "",
     seed: Seed = 0,
+    extras: Whole = Extras.refuse,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,9 +84,9 @@ def search(
     import loraloom as ll
     from loraloom.recipe import read_task
 
+    given = knobs_of(method, density, knobs)
     opened = [ll.load(path) for path in adapters]
     bench = edge("statistics").bench_for(opened[0], read_task(task), model)  # with the image size of training
-    given = knobs_of(knobs) | ({} if density is None else {"density": density})
     found = ll.search(
         opened,
         lambda adapter: bench.evaluate(adapter, split, limit).value,
@@ -79,6 +95,7 @@ def search(
         budget=budget,
         unit=unit.value,
         seed=seed,
+        extras=extras.value,
         **given,
     )
     weights = json.dumps(found.to_json()["weights"])

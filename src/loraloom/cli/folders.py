@@ -16,6 +16,7 @@ from loraloom.cli.shell import (
     One,
     Out,
     Overwrite,
+    Whole,
     command,
     floats,
     result,
@@ -36,9 +37,7 @@ def fold(
     out: Out,
     weights: Annotated[str, typer.Option(help="One number per adapter, with commas; default 1 each.")] = "",
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the whole model; default: as it is.")] = None,
-    extras: Annotated[
-        Extras, typer.Option(help="Trained biases and whole saved modules of several adapters.")
-    ] = Extras.refuse,
+    extras: Whole = Extras.refuse,
     text_only: Annotated[bool, typer.Option("--text-only", help="Of MokA adapters, what they do to text.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

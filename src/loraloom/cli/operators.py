@@ -121,6 +121,7 @@ def interpolate(
         space=space.value,
         align=align.value if align else None,
         base=ll.base_weights(base, *opened) if base else None,
+        extras=extras.value,
         same_base=not allow_different_bases,
     )
     saved(point, out, overwrite, as_json)

@@ -47,6 +47,7 @@ _SAID_FIRST = ("name", "summary")
 Space = StrEnum("Space", ["factors", "delta", "core", "knots", "units"])
 Plain = StrEnum("Plain", ["factors", "delta"])
 Extras = StrEnum("Extras", ["refuse", "average"])
+Whole = Annotated[Extras, typer.Option("--extras", help="Trained biases and whole saved modules of several adapters.")]
 
 
 probe = typer.Typer(
@@ -101,14 +102,20 @@ def floats(option: str, text: str) -> list[float]:
         raise ValueError(f"{option} {text!r}: numbers with commas between them, such as 0.5,0.5") from None
 
 
-def knobs_of(given: Sequence[str] | None) -> dict[str, Any]:
-    """Arguments such as ``gamma=0.05``; the value is read as YAML."""
-    found: dict[str, Any] = {}
+def knobs_of(method: str, density: float | None, given: Sequence[str] | None) -> dict[str, Any]:
+    """What a merge method takes: the density, and arguments such as ``gamma=0.05``, of which the value is YAML."""
+    from loraloom.ops.checks import check_knobs
+    from loraloom.ops.merge_methods import merge_methods
+
+    found: dict[str, Any] = {} if density is None else {"density": density}
     for one in given or ():
         name, equals, value = one.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--set {one!r}: expected name=value")
+        if name in found:
+            raise ValueError(f"--set {one!r}: {name} is given twice")
         found[name] = untrusted.parse_yaml(value, f"--set {one!r}")
+    check_knobs(merge_methods[method], found)
     return found
 
 

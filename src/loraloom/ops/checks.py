@@ -15,8 +15,17 @@ from loraloom.adapter import Adapter, AdapterMismatch, Shape, UnsupportedKind
 from loraloom.experts import all_parameters, owner_of, parameters_of
 from loraloom.ops.spaces import SPACES
 from loraloom.registry import Technique, UnknownName
+from loraloom.untrusted import is_number
 
 Weights = list[float] | dict[str, list[float]]  # of all modules, or by module path
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # of a method's arguments, as their annotations say
+    "float": ("a finite number", is_number),
+    "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("a word", lambda value: isinstance(value, str)),
+    "None": ("none", lambda value: value is None),
+}
 
 
 def check_linear(adapter: Adapter, verb: str) -> None:
@@ -155,20 +164,28 @@ def checked_space(technique: Technique[..., Tensor], space: str | None, weights:
 
 
 def check_knobs(technique: Technique[..., Tensor], knobs: Mapping[str, Any]) -> None:
-    """Only arguments that the method has; ``density`` in (0, 1].
+    """Only arguments that the method has, of their types; ``density`` in (0, 1].
 
     Raises:
         ValueError: says which the method takes.
     """
+    density = knobs.get("density")
+    if isinstance(density, int | float) and not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
     parameters = inspect.signature(technique.function).parameters.values()
-    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "statistics")]
-    for knob in knobs:
+    takes = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "statistics")}
+    for knob, value in knobs.items():
         if knob not in takes:
             raise ValueError(
                 f"method {technique.name!r} takes no {knob!r}; it takes: {', '.join(takes) or 'no such arguments'}"
             )
-    if "density" in knobs and not 0 < knobs["density"] <= 1:
-        raise ValueError(f"density must be in (0, 1], got {knobs['density']}")
+        annotation = takes[knob].annotation
+        kinds = getattr(annotation, "__name__", str(annotation)).split(" | ")
+        if all(kind in _KINDS for kind in kinds) and not any(_KINDS[kind][1](value) for kind in kinds):
+            raise ValueError(
+                f"method {technique.name!r}: {knob} must be {' or '.join(_KINDS[kind][0] for kind in kinds)},"
+                f" got {value!r}"
+            )
 
 
 def check_size(rank: int | None, energy: float | None, budget: int | str | None) -> None:
