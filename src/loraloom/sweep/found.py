@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.special import stdtrit
 
+from loraloom.intervals import half_width
 from loraloom.sweep.plan import Cell, Group, cells
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal, chooser, finished
@@ -37,7 +37,7 @@ def spread(values: Mapping[Group, float], level: float = 0.95) -> tuple[float, f
     if not all(without):
         return mean, None, None
     left, count = [np.mean(some) for some in without], len(seeds)
-    half = float(stdtrit(count - 1, 0.5 + level / 2) * (np.var(left) * (count - 1)) ** 0.5)
+    half = half_width((np.var(left) * (count - 1)) ** 0.5, count, level)
     return mean, mean - half, mean + half
 
 
