@@ -37,7 +37,7 @@ def spread(values: Mapping[Group, float], level: float = 0.95) -> tuple[float, f
     if not all(without):
         return mean, None, None
     left, count = [np.mean(some) for some in without], len(seeds)
-    half = half_width((np.var(left) * (count - 1)) ** 0.5, count, level)
+    half = half_width(float(np.var(left) * (count - 1)) ** 0.5, count, level)
     return mean, mean - half, mean + half
 
 
