@@ -148,20 +148,42 @@ def test_rank_is_honoured_for_one_adapter_and_in_factors():
     assert fused.config["lora_alpha"] == fused.config["r"] == 1
 
 
+def counted(seed: int, reads: list) -> Adapter:
+    """An adapter that notes which of its modules is read."""
+    adapter = random_adapter(seed, SIZES)
+
+    def read(name):
+        reads.append((seed, name))
+        return adapter.modules[name]
+
+    return replace(adapter, modules=Modules(list(SIZES), read, adapter.shape))
+
+
 def test_nothing_is_read_before_it_is_asked_for_and_only_that():
     reads = []
-
-    def counted(adapter, who):
-        def read(name):
-            reads.append((who, name))
-            return adapter.modules[name]
-
-        return replace(adapter, modules=Modules(list(SIZES), read, adapter.shape))
-
-    merged = merge([counted(random_adapter(seed, SIZES), seed) for seed in (1, 2)], rank=1)
+    merged = merge([counted(seed, reads) for seed in (1, 2)], rank=1)
     assert reads == []
     merged.modules[V]
     assert reads == [(1, V), (2, V)]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_budget_reads_every_module_once_and_once_more_when_it_is_asked_for(method):
+    reads = []
+    merged = merge([counted(seed, reads) for seed in (1, 2)], method, budget="0.5x")
+    assert reads == [(seed, name) for name in SIZES for seed in (1, 2)]
+    reads.clear()
+    merged.modules[V]
+    assert reads == [(1, V), (2, V)]
+
+
+def test_no_two_modules_are_made_at_once_where_large_matrices_are_formed():
+    adapters = [random_adapter(seed, SIZES) for seed in (1, 2)]
+    grams = [{name: torch.eye(size[1]) for name, size in SIZES.items()}] * 2
+    flat = [{name: torch.ones((out + in_) * rank) for name, (out, in_, rank) in SIZES.items()}] * 2
+    assert merge(adapters, "regmean", statistics=grams).modules.heavy
+    assert merge(adapters, "ties").modules.heavy and not merge(adapters, "ties", space="core").modules.heavy
+    assert not merge(adapters).modules.heavy and not merge(adapters, "fisher", statistics=flat).modules.heavy
 
 
 def test_a_key_error_in_reading_is_not_taken_for_a_missing_module():

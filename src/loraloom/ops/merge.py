@@ -53,7 +53,9 @@ def merge(  # noqa: PLR0913 - every option that a merge has
     extras: str = "refuse",
     **knobs: Any,
 ) -> Adapter:
-    """Merge adapters of one base model into one adapter; nothing is computed before a module of it is read.
+    """Merge adapters of one base model into one adapter; a module is computed when it is read, each time.
+
+    To share out a ``budget`` every module is computed once more, at once, as is an ``energy`` of HiRA adapters.
 
     Spaces: what the method sees (docs/methods.md says which ones a method supports, and its own).
 
@@ -146,7 +148,7 @@ def merge(  # noqa: PLR0913 - every option that a merge has
         ready, plan = ready_to_merge(adapters, checked, space)
         job = replace(job, adapters=ready)
     shapes = _aligned(job)
-    modules = Modules(tuple(shapes), partial(_read, job, shapes), shapes.__getitem__, heavy=job.dense)
+    modules = Modules(tuple(shapes), partial(_read, job, shapes), shapes.__getitem__, heavy=job.heavy)
     kept = space == "factors" and not job.cut and one_scale(adapters)
     config = config_of(adapters, shapes, kept=kept, as_lora=base is not None)
     if plan is not None:
@@ -177,9 +179,10 @@ class _Job:
         return bool(self.technique.facts.get("linear"))
 
     @property
-    def dense(self) -> bool:
-        """Whether out x in matrices are formed."""
-        return self.space == "delta" and (not self.linear or self.base is not None)
+    def heavy(self) -> bool:
+        """Whether matrices as large as weights are formed: updates, or Gram matrices."""
+        dense = self.space == "delta" and (not self.linear or self.base is not None)
+        return dense or (self.space != "factors" and self.statistics is not None)
 
     @property
     def cut(self) -> bool:
