@@ -29,8 +29,8 @@ from loraloom.ops.interpolate import interpolate
 from loraloom.run import _fit_options, bench_of
 from loraloom.strategies.units import group
 from loraloom.sweep import read
+from loraloom.sweep.found import spread
 from loraloom.sweep.plan import cells, phases, run_of
-from loraloom.sweep.results import spread
 from loraloom.sweep.work import Journal
 
 RESULTS = Path(__file__).parent / "results" / "coto_plain.json"
@@ -105,7 +105,7 @@ def main() -> None:
     for name, held in points.items():
         plain = {seed: bench.evaluate(adapter, "test", sweep.limit).value for seed, adapter in held.items()}
         own = {seed: ours[name, seed] for seed in held}
-        gap = spread([own[seed] - plain[seed] for seed in held])
+        gap = spread({(seed,) if name == "alone" else (seed, after[seed]): own[seed] - plain[seed] for seed in held})
         rows.append({"measurement": name, "loraloom": own, "plain": plain, "difference, low, high": gap})
         print(f"{name}: loraloom {np.mean(list(own.values())):.3f}, plain {np.mean(list(plain.values())):.3f}, {gap}")
     told = {"sweep": chosen.sweep.name, "arm": cell.arm, "axes": cell.axes, "task": cell.task, "rate": cell.rate}

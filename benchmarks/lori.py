@@ -4,8 +4,8 @@
 
 ViT-S/14 at 28 pixels, rank 8, all linear layers, 120 steps of 16 examples, 160 examples a task. Learning rates are
 chosen on validation splits from the grid in RATES with seed 0 of two tasks, merging weights on validation splits from
-WEIGHTS; all other figures are of test splits. Intervals are over seeds (mean +- 1.96 standard errors): with three
-seeds they are rough. What is in results/lori.json already is not run again.
+WEIGHTS; all other figures are of test splits. Intervals are Student's 95 % over three seeds. What is in
+results/lori.json already is not run again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import loraloom as ll
+from loraloom.intervals import half_width
 from loraloom.masks import support
 from loraloom.probes.forgetting import forgetting
 from loraloom.recipe import read
@@ -199,8 +200,8 @@ def main() -> None:
 
 def spread(values: list[float]) -> str:
     """Mean over seeds with its interval."""
-    error = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.fmean(values):.3f} +- {error:.3f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.3f} +- {half_width(error, len(values)):.3f}"
 
 
 def page(done: list[dict[str, Any]], rates: dict[str, float]) -> str:

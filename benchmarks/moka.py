@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
 import loraloom as ll
 from loraloom.experts import as_stored
 from loraloom.integrations.peft import attached
+from loraloom.intervals import half_width
 from loraloom.recipe import read
 from loraloom.run import bench_of, train_on
 from loraloom.tasks.metrics import difference
@@ -133,8 +133,8 @@ def spread(values: list[float]) -> str:
     """Mean over seeds with its 95 % interval (Student's t)."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
-    error = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.fmean(values):.3f} +- {error:.3f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.3f} +- {half_width(error, len(values)):.3f}"
 
 
 def page(done: list[dict[str, Any]]) -> str:

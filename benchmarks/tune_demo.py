@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from loraloom.demo import METHODS, Settings
+from loraloom.intervals import interval
 from loraloom.ops.interpolate import interpolate
 from loraloom.ops.prune import prune
 from loraloom.recipe import bundled_recipe, parse
 from loraloom.run import bench_of, train_on
-from loraloom.sweep.results import spread
 
 STEPS = 400  # what the rates were chosen at; the demo takes 300 to save time
 KEPT = ("every-other", "low", "middle", "high")
@@ -97,7 +97,7 @@ def gains(runs: list[dict], tasks: tuple[str, ...]) -> str:
             for task in tasks:
                 each = [[np.sum(found[task, rate, method][name]) for method in METHODS] for rate in chosen]
                 values.append(np.mean([b / a if name == "seconds" else b - a for a, b in each]))
-            middle, low, high = spread(values)
+            middle, (low, high) = np.mean(values), interval(values)
             cells.append(
                 f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
                 if name != "seconds"
