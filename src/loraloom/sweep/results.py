@@ -19,7 +19,7 @@ from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal
 
 Place = tuple[tuple[str, ...], str]  # axes and task
-_OVER_SEEDS = "95 % interval by the jackknife over seeds, which is Student's where no two share one; none for few"
+_OVER_SEEDS = "95 % interval by the jackknife (Student's where no two groups share a seed; none of too few seeds)"
 
 
 def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int) -> Report:
