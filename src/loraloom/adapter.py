@@ -368,6 +368,22 @@ class Adapter:
         """Sizes of one module, without reading its factors where the file's header tells."""
         return self.modules.shape(name) if isinstance(self.modules, Modules) else self.modules[name].shape
 
+    @property
+    def heavy(self) -> bool:
+        """Whether each module takes all cores and much memory to make, so that no two should be made at once."""
+        return getattr(self.modules, "heavy", False)
+
+    def derived(
+        self,
+        names: Sequence[str],
+        read: Callable[[str], Factors],
+        shape: Callable[[str], Shape],
+        *,
+        heavy: bool = False,
+    ) -> Modules:
+        """Modules that are made of this adapter's when they are read: heavy where those are, or of themselves."""
+        return Modules(names, read, shape, heavy=heavy or self.heavy)
+
     def loaded(self) -> Adapter:
         """The same adapter with every module in memory: for repeated use of a lazy result."""
         return replace(self, modules=dict(self.modules.items()), extras=dict(self.extras.items()))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from loraloom.adapter import Adapter, Factors, Modules, Shape, padded
+from loraloom.adapter import Adapter, Factors, Shape, padded
 from loraloom.modalities import packed_modalities
 
 _PART = re.compile(r"\[[^\[\]]+\]$")  # of several modules that are stored as one
@@ -186,5 +186,4 @@ def as_stored(adapter: Adapter) -> Adapter:
         first = adapter.shape(owners[owner][0])
         return first if owner in single else first._replace(rank=rank * of[owner])
 
-    heavy = getattr(adapter.modules, "heavy", False)
-    return replace(adapter, modules=Modules(tuple(owners), read, shape, heavy=heavy))
+    return replace(adapter, modules=adapter.derived(tuple(owners), read, shape))

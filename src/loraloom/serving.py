@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, UnsupportedKind, padded
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind, padded
 from loraloom.experts import owner_of
 from loraloom.folders import refuse_taken, whole_folder
 from loraloom.registry import UnknownName
@@ -131,7 +131,7 @@ def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
         "target_modules": list(adapter.modules),
     }
     config |= {"bias": "none", "modules_to_save": None, "use_rslora": False, "use_dora": False}
-    modules = Modules(tuple(adapter.modules), read, lambda name: adapter.shape(name)._replace(rank=rank))
+    modules = adapter.derived(tuple(adapter.modules), read, lambda name: adapter.shape(name)._replace(rank=rank))
     arguments = {"target": "vllm", "max_rank": max_rank, "dtype": str(dtype) if dtype else None}
     provenance = {"operation": "export", "arguments": arguments, "inputs": [dict(adapter.provenance)]}
     return Adapter(config, modules, {}, provenance)
@@ -141,7 +141,7 @@ def _for_peft(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
     most = max((adapter.shape(name).rank for name in adapter.modules), default=0)
     if max_rank is not None and most > max_rank:
         raise ValueError(f"rank {most} is above {max_rank}; compress it first")
-    modules = Modules(
+    modules = adapter.derived(
         tuple(adapter.modules),
         lambda name: _stored(_at_rank(adapter.modules[name], most), dtype),
         lambda name: adapter.shape(name)._replace(rank=most),

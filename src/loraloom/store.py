@@ -206,8 +206,7 @@ def _fill(adapter: Adapter, writer: Writer) -> tuple[dict[str, int], bool]:
         kept = as_configured(adapter.config, name, factors)
         return factors, kept, module_tensors(adapter.config, name, factors if kept else factors.baked())
 
-    heavy = getattr(adapter.modules, "heavy", False)
-    stream = ((name, made(name)) for name in adapter.modules) if heavy else ahead(made, adapter.modules)
+    stream = ((name, made(name)) for name in adapter.modules) if adapter.heavy else ahead(made, adapter.modules)
     with contextlib.closing(stream):
         for name, (factors, kept, tensors) in stream:
             ranks[name] = factors.rank // factors.experts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, truncate
+from loraloom.experts import as_stored
+from loraloom.ops.align import align
+from loraloom.ops.arithmetic import scale
 from loraloom.ops.certificate import total
+from loraloom.ops.compress import compress
+from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
 from loraloom.registry import UnknownName
 from loraloom.store import load, save
@@ -340,6 +347,37 @@ def test_directions_stay_by_singular_value(scope):
     asked = [np.linalg.norm(delta(THREE.modules[n])) for n in NAMES]
     assert total(record) == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(asked))
     assert (record["directions"], record["directions_kept"]) == (7, sum(want.values()))
+
+
+def test_two_threads_look_for_a_threshold_once(tmp_path):
+    reads = []
+
+    def read(name: str) -> Factors:
+        reads.append(name)
+        time.sleep(0.02)
+        return TWELVE.modules[name]
+
+    slow = replace(TWELVE, modules=Modules(tuple(TWELVE.modules), read, TWELVE.shape))
+    save(prune(slow, density=0.5), tmp_path / "out")
+    assert Counter(reads) == dict.fromkeys(TWELVE.modules, 3)  # twice for the threshold, once for the result
+
+
+def test_what_is_made_of_heavy_modules_is_heavy(tmp_path):
+    dense = merge([TWELVE, random_adapter(2, tower("model.layers", range(12)))], "ties")
+    loaded = replace(TWELVE, modules={name: dense.modules[name] for name in dense.modules})
+    made = {
+        "compress": compress(dense, rank=1),
+        "budget": merge([TWELVE, loaded], "ties", budget="0.5x"),
+        "scale": scale(dense, 2.0),
+        "keep": prune(dense, keep="low"),
+        "entries": prune(dense, density=0.5),
+        "ranks": prune(dense, density=0.5, unit="rank"),
+        "align": align(dense, to=loaded),
+        "align to": align(loaded, to=dense),
+        "stored": as_stored(dense),
+    }
+    assert {name for name, one in made.items() if not one.modules.heavy} == set()
+    assert prune(TWELVE, density=0.5, space="delta").modules.heavy and not scale(TWELVE, 2.0).modules.heavy
 
 
 def test_a_module_that_keeps_no_direction_counts_as_lost():

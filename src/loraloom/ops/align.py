@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, is_finite
+from loraloom.adapter import Adapter, AdapterMismatch, Factors, is_finite
 from loraloom.ops.checks import check_gauge
 from loraloom.registry import UnknownName
 
@@ -74,7 +74,8 @@ def align(adapter: Adapter, to: Adapter, *, by: str = "invertible") -> Adapter:
         "inputs": [dict(adapter.provenance), dict(to.provenance)],
         "record": {"distance": distances},
     }
-    return replace(adapter, modules=Modules(tuple(adapter.modules), read, adapter.shape), provenance=provenance)
+    modules = adapter.derived(tuple(adapter.modules), read, adapter.shape, heavy=to.heavy)
+    return replace(adapter, modules=modules, provenance=provenance)
 
 
 def _aligned(factors: Factors, to: Factors, by: str) -> tuple[Factors, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from loraloom.adapter import Adapter, AdapterMismatch, Modules
+from loraloom.adapter import Adapter, AdapterMismatch
 from loraloom.ops.checks import check_linear
 from loraloom.ops.merge import merge
 
@@ -40,7 +40,7 @@ def scale(adapter: Adapter, by: float) -> Adapter:
     if adapter.extras:
         first = next(iter(adapter.extras))
         raise AdapterMismatch(f"the adapter holds whole tensors ({first}), which are no updates and do not scale")
-    modules = Modules(tuple(adapter.modules), lambda name: adapter.modules[name].scaled(by), adapter.shape)
+    modules = adapter.derived(tuple(adapter.modules), lambda name: adapter.modules[name].scaled(by), adapter.shape)
     return replace(adapter, modules=modules, provenance=provenance)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any
 
-from loraloom.adapter import Adapter, Factors, Modules, UnsupportedKind, spectrum
+from loraloom.adapter import Adapter, Factors, UnsupportedKind, spectrum
 from loraloom.experts import owner_of, place_of
 from loraloom.ops.certificate import note, note_dropped
 from loraloom.ops.checks import check_gauge
@@ -102,7 +102,7 @@ def compress(
     names = tuple(ranks) or tuple(adapter.modules)
     shape = (lambda name: adapter.shape(name)._replace(rank=ranks[name])) if ranks else cache(lambda n: read(n).shape)
     config = {**adapter.config, "inference_mode": True}
-    return replace(adapter, config=config, modules=Modules(names, read, shape), provenance=provenance)
+    return replace(adapter, config=config, modules=adapter.derived(names, read, shape), provenance=provenance)
 
 
 def _check(

@@ -57,4 +57,4 @@ def pruned_directions(
         return small
 
     names = [name for name in adapter.modules if name in kept]
-    return Modules(names, read, lambda name: adapter.shape(name)._replace(rank=len(kept[name])))
+    return adapter.derived(names, read, lambda name: adapter.shape(name)._replace(rank=len(kept[name])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,6 +49,7 @@ class Entries:
     seed: int
     record: dict[str, Any]
     _thresholds: dict[tuple[str, ...], Pooled] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self) -> None:
         """Refuse what cannot be done, before anything is read."""
@@ -126,8 +128,9 @@ class Entries:
             parts = zip(scores.split(sizes), matrices, strict=True)
             return [_neighbours(part.view_as(matrix), most, of) for part, matrix in parts]
         pool = self.pool_of[name]
-        if pool not in self._thresholds:
-            self._thresholds[pool] = self.threshold(pool)
+        with self._lock:  # several modules may be read at once
+            if pool not in self._thresholds:
+                self._thresholds[pool] = self.threshold(pool)
         mask = self._thresholds[pool].mask(name, scores)
         return [part.view_as(matrix) for part, matrix in zip(mask.split(sizes), matrices, strict=True)]
 

@@ -360,8 +360,7 @@ def _shrunk(merged: Adapter, energy: float | None, budget: int | str | None) -> 
     for name in second["error"]:  # what the budget dropped
         enter(name)
 
-    heavy = getattr(merged.modules, "heavy", False)
-    modules = Modules(tuple(small.modules), read, small.shape, heavy=heavy)
+    modules = small.derived(tuple(small.modules), read, small.shape)
     return replace(small, modules=modules, provenance={**merged.provenance, "record": record})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loraloom.adapter import Adapter, Modules
+from loraloom.adapter import Adapter
 from loraloom.ops.choice import SCOPES, chosen, ranked, scored
 from loraloom.ops.directions import pruned_directions
 from loraloom.ops.entries import Entries
@@ -119,7 +119,9 @@ def prune(  # noqa: PLR0913 - what is dropped, by what, over what
         if density == 1 and rank is None:
             return replace(adapter, provenance=provenance)
         cut.begin()
-        return replace(plain, modules=Modules(tuple(adapter.modules), cut.read, cut.shape, heavy=space == "delta"))
+        return replace(
+            plain, modules=adapter.derived(tuple(adapter.modules), cut.read, cut.shape, heavy=space == "delta")
+        )
     if rank is not None or space != "factors":
         raise ValueError("space and rank go with unit='entry'")
     if unit == "rank" and density is not None:
@@ -131,7 +133,7 @@ def prune(  # noqa: PLR0913 - what is dropped, by what, over what
         names, units = ranked(adapter, unit, scores, density, scope)
         record.update(units=units, units_before=len(scores))
     record.update(modules=len(names), modules_before=len(adapter.modules))
-    return replace(plain, modules=Modules(names, adapter.modules.__getitem__, adapter.shape))
+    return replace(plain, modules=adapter.derived(names, adapter.modules.__getitem__, adapter.shape))
 
 
 def _check(
