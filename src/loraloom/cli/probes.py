@@ -320,11 +320,10 @@ def _request(name: str, ask: Ask, given: dict[str, Any], folders: list[Path]) ->
 
 def _show(report: Any, ask: Ask) -> None:
     """Write a report, and print its first panel as a table and its second as one line."""
-    from loraloom.folders import whole_file, write_text
+    from loraloom.report import replace_file
     from loraloom.report.grid import grid
 
-    with whole_file(ask.out, overwrite=ask.overwrite) as draft:  # refuses what appeared meanwhile
-        write_text(draft, json.dumps(report.to_json(), indent=1) + "\n")
+    replace_file(ask.out, json.dumps(report.to_json(), indent=1) + "\n", overwrite=ask.overwrite)
     if ask.as_json:
         print(json.dumps(report.records[0] if len(report.records) == 1 else report.records))
         return

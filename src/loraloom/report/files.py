@@ -140,7 +140,11 @@ def _are_figures(folder: Path) -> bool:
     return all(re.fullmatch(r"figure-\d+(-[a-z0-9-]+)?\.(svg|png)", path.name) for path in folder.iterdir())
 
 
-def replace_file(path: Path | str, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new and nothing between."""
-    with whole_file(Path(path), overwrite=True) as draft:
+def replace_file(path: Path | str, text: str, *, overwrite: bool = True) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new and nothing between.
+
+    Raises:
+        FileExistsError: it is there, now or when it is to be replaced, and ``overwrite`` is off.
+    """
+    with whole_file(Path(path), overwrite=overwrite) as draft:
         write_text(draft, text)
