@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import yaml
 from loraloom.adapter import Adapter
 from loraloom.calibration import plan_of, told_of, trained_entries
 from loraloom.experts import as_stored
-from loraloom.folders import whole_folder, write_text
+from loraloom.folders import alone, whole_folder, write_text
 from loraloom.masks import MASK, Mask, save_mask
 from loraloom.recipe import Recipe, TrainRecipe
 from loraloom.registry import edge
 from loraloom.report import replace_file
 from loraloom.store import RECORD, load, save, written_as
 from loraloom.strategies.dropout import ProgressiveDropout
+from loraloom.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
     launch`` every process calls this and gets the same result; the first one writes (see docs/distributed.md).
 
     Raises:
-        ValueError: the output exists, an unfinished run is in the way, or it was made from another recipe.
+        FileExistsError: the output exists, or an unfinished run is in the way.
+        BlockingIOError: another process trains it.
+        ValueError: the unfinished run was made from another recipe.
 
     Example:
         >>> trained = train(read_recipe("recipes/demo/coto.yaml", ["output=runs/coto-0"]))  # doctest: +SKIP
@@ -53,15 +57,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, prog
         return finished
     processes.first(lambda: check_output(recipe.output, overwrite))
     bench = bench_of(recipe)
-    work = processes.first(lambda: _working_folder(recipe, resume=resume, overwrite=overwrite))
-    try:
-        trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
-    except (ValueError, OSError):
-        # refused before the first step: nothing to go on with
-        if processes.is_first() and not any(work.rglob("checkpoint-*")) and not (work / MASK).exists():
-            shutil.rmtree(work)
-        raise
-    processes.first(lambda: shutil.rmtree(work))
+    with contextlib.ExitStack() as held:  # the lock; the first process has it
+        work = processes.first(lambda: held.enter_context(_working_folder(recipe, resume=resume, overwrite=overwrite)))
+        try:
+            trained = train_on(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
+        except (ValueError, OSError):
+            # refused before the first step: nothing to go on with
+            if processes.is_first() and not any(work.rglob("checkpoint-*")) and not (work / MASK).exists():
+                shutil.rmtree(work)
+            raise
+        processes.first(lambda: shutil.rmtree(work))
     return trained
 
 
@@ -134,7 +139,10 @@ def _train_whole(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progre
             with whole_folder(recipe.output.resolve(), **marked) as folder:
                 with edge("backbones").without_bars():
                     model.save_pretrained(folder)
-                bench.processor.save_pretrained(folder)
+                if isinstance(bench.processor, Mapping):  # of a vision model: mean and deviation of pixels
+                    write_text(folder / "preprocessor_config.json", json.dumps(dict(bench.processor)) + "\n")
+                else:
+                    bench.processor.save_pretrained(folder)
                 told = written_as(Adapter({}, {}, provenance=made), "", {})
                 write_text(folder / RECORD, json.dumps(told, indent=2, sort_keys=True) + "\n")
 
@@ -152,13 +160,15 @@ def _fit_options(chosen: TrainRecipe, seed: int, folder: Path, *, resume: bool, 
 def _finished(recipe: Recipe) -> Trained | None:
     """The result of this very recipe if it is there already: the run may have been killed just after it was saved."""
     try:
-        adapter = load(recipe.output)
-    except (ValueError, OSError):  # nothing there, or no adapter
+        adapter = None if recipe.adapter.kind == "none" else load(recipe.output)
+        made = read_json(recipe.output / RECORD) if adapter is None else adapter.provenance
+    except (ValueError, OSError):  # nothing there, or something else
         return None
-    if adapter.provenance.get("arguments") != _arguments(recipe):
+    if not isinstance(made, Mapping) or made.get("arguments") != _arguments(recipe):
         return None
-    shutil.rmtree(_work(recipe), ignore_errors=True)
-    record = adapter.provenance["record"]
+    work, record = _work(recipe), made["record"]
+    with contextlib.suppress(OSError), alone(work, busy=""):
+        shutil.rmtree(work)
     return Trained(adapter, recipe.output, record["seconds"], tuple(record["log"]))
 
 
@@ -180,23 +190,32 @@ def _work(recipe: Recipe) -> Path:
     return recipe.output.with_name(recipe.output.name + ".training")
 
 
-def _working_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
-    """The folder of an unfinished run; it holds the recipe, so that a resumed run cannot silently change."""
+@contextlib.contextmanager
+def _working_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """The folder of an unfinished run, which no other process has meanwhile."""
     work = _work(recipe)
+    work.mkdir(parents=True, exist_ok=True)
+    with alone(work, busy=f"{recipe.output} is being trained by another process"):
+        check_output(recipe.output, overwrite)  # another process may have ended just now
+        _prepare(work, recipe, resume=resume, overwrite=overwrite)
+        yield work
+
+
+def _prepare(work: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Empty it, or leave in it what is gone on from; it holds the recipe, so that that cannot silently change."""
     kept = work / "recipe.yaml"
     described = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     if resume and kept.is_file():
         if kept.read_text(encoding="utf-8") != described:
             before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(described)
             raise ValueError(f"{work}: that run had another recipe ({_changed(before, now)}); resume with the same one")
-        return work
-    if work.exists() and not (overwrite or resume):
+        return
+    left = list(work.iterdir())
+    if left and not (overwrite or resume):
         raise FileExistsError(f"{work} holds an unfinished run; go on with --resume, or start again with --overwrite")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     replace_file(kept, described)
-    return work
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import random
+import shutil
 import signal
 import time
 
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from loraloom import run
+from loraloom.cli import app
 from loraloom.integrations.checkpoints import StopOnInterrupt
+from processes import answer_of, ranks, status_of
 
 STEPS = ["--set", "train.steps=200", "--set", "train.save_every=40", "--set", "adapter.dropout=0.1"]
 
@@ -93,6 +100,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_whole_checkpo
 def test_an_unfinished_run_is_not_overwritten_by_accident(loraloom, world):
     work = world / "half.training"
     work.mkdir()
+    (work / "recipe.yaml").touch()
     done = loraloom("train", "recipe.yaml", "--set", "output=half")
     assert done.returncode == 2
     assert "--resume" in done.stderr
@@ -111,3 +119,82 @@ def test_another_recipe_is_not_resumed(loraloom, world):
     assert done.returncode == 2
     assert "train.learning_rate" in done.stderr
     assert json.dumps(0.5) in done.stderr
+
+
+def typed(rank, folder, words):
+    """What a command in a process of its own ends with and says; also in a file."""
+    done = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, list(words), prog_name="loraloom")
+    (folder / f"told-{rank}.json").write_text(json.dumps((done.exit_code, done.stderr)))
+    return done.exit_code, done.stderr
+
+
+def test_a_second_process_is_not_let_in_while_the_first_lives(loraloom, world, tmp_path, monkeypatch):
+    words = ("train", "recipe.yaml", "--set", "output=busy", "--set", "train.save_every=2")
+    others, plain, found = (words, (*words, "--resume"), (*words, "--overwrite")), StopOnInterrupt.on_step_end, []
+    torn = world / "busy.training" / "checkpoint-9"
+
+    def meanwhile(self, args, state, *more, **kwargs):
+        if state.global_step == 3:
+            torn.mkdir()  # as if it was just being written
+            found.extend(answer_of(typed, 0, tmp_path, other) for other in others)
+            assert [status_of(one) for one in ranks(typed, 2, tmp_path, others[1])] == [0, 0]
+            found.append([json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)])
+            torn.rmdir()
+        return plain(self, args, state, *more, **kwargs)
+
+    monkeypatch.setattr(StopOnInterrupt, "on_step_end", meanwhile)
+    done = loraloom(*words)
+    assert done.returncode == 0, done.stderr
+    line = "loraloom train: busy is being trained by another process\n"
+    *alone, together = found
+    assert alone == [(2, line)] * 3 and together == [[2, line], [2, ""]]
+    assert weights(world / "busy") and not (world / "busy.training").exists()
+
+
+def test_an_output_that_came_while_the_model_was_read_is_not_trained_again(loraloom, world, monkeypatch):
+    def meanwhile(recipe):
+        recipe.output.mkdir()
+
+    monkeypatch.setattr(run, "bench_of", meanwhile)
+    monkeypatch.setattr(run, "train_on", lambda *arguments, **named: 1 / 0)
+    done = loraloom("train", "recipe.yaml", "--set", "output=came", "--resume")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "came exists" in done.stderr
+
+
+def test_where_there_are_no_locks_a_run_goes_on_all_the_same(loraloom, world, monkeypatch):
+    def none(*arguments):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS says of a folder
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    old = world / "lockless.training" / "checkpoint-2"
+    old.mkdir(parents=True)
+    done = loraloom("train", "recipe.yaml", "--set", "output=lockless", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert weights(world / "lockless") and not old.parent.exists()
+
+
+def test_a_whole_model_killed_between_saving_and_tidying_up_is_done(loraloom, world, monkeypatch):
+    """With ``kind: none`` the output is a model, not an adapter."""
+    content = yaml.safe_load((world / "recipe.yaml").read_text())
+    content |= {"output": "model", "adapter": {"kind": "none", "modules_to_save": ["layernorm"]}}
+    content["strategy"] = {"name": "none"}
+    (world / "whole.yaml").write_text(yaml.safe_dump(content))
+    words = ("train", "whole.yaml", "--set", "train.save_every=2", "--resume")
+    rmtree = shutil.rmtree
+
+    def stopped(path, *arguments, **named):
+        if str(path).endswith("model.training"):
+            raise KeyboardInterrupt
+        rmtree(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.shutil, "rmtree", stopped)
+        assert loraloom(*words).returncode == 130
+    saved = {path.name: path.read_bytes() for path in (world / "model").iterdir()}
+    assert (world / "model.training").exists() and "model.safetensors" in saved
+    done = loraloom(*words)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (world / "model").iterdir()} == saved
+    assert not (world / "model.training").exists()
+    other = loraloom(*words, "--set", "seed=1")
+    assert (other.returncode, "--overwrite" in other.stderr) == (2, True)
