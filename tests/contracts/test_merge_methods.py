@@ -253,6 +253,17 @@ def test_only_known_laws_are_declared_broken(method):
     assert set(spaces(merge_methods[method])) <= set(SPACES)
 
 
+@pytest.mark.parametrize("method", [name for name in merge_methods if "lacks" in merge_methods[name].facts])
+def test_it_says_why_it_lacks_a_space(method):
+    why = merge_methods[method].facts["lacks"]
+    lacking = why.partition(":")[0].split(", ")
+    assert {*lacking, *spaces(merge_methods[method])} >= {name for name in SPACES if not SPACES[name].gauge}
+    for space in lacking:
+        with pytest.raises(ValueError, match=f"has no space '{space}'") as caught:
+            merge([adapter(1, 2, 2.0)], method, space=space)
+        assert str(caught.value).endswith(f"({why})")
+
+
 # ---- the laws themselves: each of these methods breaks one ----
 
 

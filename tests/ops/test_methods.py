@@ -65,6 +65,37 @@ def test_core_space_gives_what_dense_updates_give(name):
     assert np.allclose(delta(one.modules["layers.0.q"]), delta(two.modules["layers.0.q"]), atol=1e-8)
 
 
+def right_parts(adapters, name):
+    """U S and the V_t of ``[D_1 ... D_k] = U S [V_1 ... V_k]``."""
+    dense = [delta(one.modules[name]) for one in adapters]
+    u, s, vh = np.linalg.svd(np.hstack(dense), full_matrices=False)
+    rank = int((s > 1e-9 * s[0]).sum())
+    return u[:, :rank] * s[:rank], torch.from_numpy(np.stack(np.hsplit(vh[:rank], len(dense))))
+
+
+@pytest.mark.parametrize("name", ["slerp", "karcher", "cart", "iso_c", "iso_cts", "ctm", "ties"])
+@pytest.mark.parametrize("out", [30, 7])  # B of all together independent, or not
+def test_knots_runs_a_method_on_the_right_parts(name, out):
+    adapters = [random_adapter(seed, {"layers.0.q": (out, 20, 3)}, 2.0) for seed in (1, 2, 3)]
+    whole, parts = right_parts(adapters, "layers.0.q")
+    want = whole @ run(name, parts, [0.5, 0.3, 0.4]).numpy()
+    got = merge(adapters, name, [0.5, 0.3, 0.4], space="knots", rank=9).modules["layers.0.q"]
+    assert np.allclose(delta(got), want, atol=1e-8)
+
+
+def test_why_some_methods_lack_knots():
+    """Where the B of all together are independent, right parts are orthonormal and at right angles to each other."""
+    adapters = [random_adapter(seed, {"layers.0.q": (30, 20, 3)}, scale) for seed, scale in ((1, 2.0), (2, 0.1))]
+    parts = right_parts(adapters, "layers.0.q")[1]
+    assert torch.allclose(parts.flatten(1) @ parts.flatten(1).T, 3 * torch.eye(2, dtype=torch.float64))
+    for part in parts:
+        assert torch.allclose(torch.linalg.svdvals(part)[:3], torch.ones(3, dtype=torch.float64))
+    assert run("model_stock", parts, [0.5, 0.5]).norm() < 1e-12
+    turned = run("pico", parts, [0.7, 0.3])
+    plain = run("linear", parts, [0.7, 0.3])
+    assert torch.allclose(turned / turned.norm(), plain / plain.norm())
+
+
 def test_ties_by_hand_where_peers_disagree():
     """[1, -.8, -.8] weighed [1, .2, .2], nothing trimmed: PEFT -0.16, mergekit 1.0; ours 1.0 times the weights' sum."""
     got = run("ties", torch.tensor([[1.0], [-0.8], [-0.8]]).double(), [1.0, 0.2, 0.2], density=1.0)

@@ -153,7 +153,8 @@ def checked_space(technique: Technique[..., Tensor], space: str | None, weights:
     if chosen not in SPACES:
         raise UnknownName("space", chosen, list(SPACES))
     if chosen not in supported:
-        raise ValueError(f"method {technique.name!r} has no space {chosen!r}; allowed: {', '.join(supported)}")
+        why = f" ({technique.facts['lacks']})" if "lacks" in technique.facts else ""
+        raise ValueError(f"method {technique.name!r} has no space {chosen!r}; allowed: {', '.join(supported)}{why}")
     least = min(min(each) for each in (weights.values() if isinstance(weights, dict) else [weights]))
     if SPACES[chosen].gauge and least < 0:
         raise ValueError(

@@ -12,6 +12,7 @@ A file ``NAME.py`` holds one decorated function ``NAME(deltas, weights, *, knobs
 - ``breaks``: the contract laws that it breaks, of those in tests/contracts/test_merge_methods.py;
 - ``space``: the space it runs in by default (``delta`` where left out);
 - ``spaces``: those it supports (all of ``ops/spaces.py`` where left out);
+- ``lacks``: why not some others, as ``core, knots: the reason``, for the docs and the message;
 - ``rank="largest"``: without a size that is asked for, the result has the largest rank of the inputs;
 - ``size``: name of the knob that is the rank of the result where it is given, as far as the ranks of the inputs go;
 - ``statistics``: what the method asks to know of each adapter ("gram", "fisher"); it comes as a keyword argument;

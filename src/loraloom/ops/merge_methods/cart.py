@@ -10,7 +10,9 @@ from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.spectrum import triples
 
 
-@merge_methods.register("cart", paper="https://arxiv.org/abs/2412.12153", space="core", spaces=("core", "delta"))
+@merge_methods.register(
+    "cart", paper="https://arxiv.org/abs/2412.12153", space="core", spaces=("core", "delta", "knots")
+)
 def cart(
     deltas: Float[Tensor, " k m n"],
     weights: Float[Tensor, " k"],

@@ -9,7 +9,13 @@ from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.merge_methods.linear import linear
 
 
-@merge_methods.register("cat", paper="https://arxiv.org/abs/2410.13025", linear=True, spaces=("delta",))
+@merge_methods.register(
+    "cat",
+    paper="https://arxiv.org/abs/2410.13025",
+    linear=True,
+    spaces=("delta",),
+    lacks="core, knots: a sum is the same in both",
+)
 def cat(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
     """Exact weighted sum of the updates, their factors side by side (PEFT's ``cat``; Prabhakar et al. 2024).
 

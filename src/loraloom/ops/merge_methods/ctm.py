@@ -16,7 +16,7 @@ _ROUNDS = 100
     "ctm",
     paper="https://arxiv.org/abs/2606.03723",
     space="core",
-    spaces=("core", "delta"),
+    spaces=("core", "delta", "knots"),
     rank="largest",
     size="size",
 )

@@ -14,6 +14,7 @@ from loraloom.ops.merge_methods import merge_methods
     paper="https://arxiv.org/abs/2111.09832",
     space="factors",
     spaces=("factors", "delta"),
+    lacks="core, knots: the Fisher information is that of entries of B and A, or of the weight",
     statistics="fisher",
 )
 def fisher(

@@ -11,7 +11,11 @@ from loraloom.ops.spectrum import triples
 
 
 @merge_methods.register(
-    "iso_c", paper="https://arxiv.org/abs/2502.04959", space="core", spaces=("core", "delta"), breaks=("single",)
+    "iso_c",
+    paper="https://arxiv.org/abs/2502.04959",
+    space="core",
+    spaces=("core", "delta", "knots"),
+    breaks=("single",),
 )
 def iso_c(deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"]) -> Float[Tensor, " m n"]:
     """Weighted sum whose singular values are all replaced by their mean (Iso-C: Marczak et al. 2025).

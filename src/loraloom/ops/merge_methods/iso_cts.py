@@ -11,7 +11,11 @@ from loraloom.ops.spectrum import polar, triples
 
 
 @merge_methods.register(
-    "iso_cts", paper="https://arxiv.org/abs/2502.04959", space="core", spaces=("core", "delta"), breaks=("single",)
+    "iso_cts",
+    paper="https://arxiv.org/abs/2502.04959",
+    space="core",
+    spaces=("core", "delta", "knots"),
+    breaks=("single",),
 )
 def iso_cts(
     deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"], *, common: float = 0.8

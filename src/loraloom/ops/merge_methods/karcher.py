@@ -11,7 +11,7 @@ from loraloom.ops.sphere import exp_map, log_map, on_sphere
 
 
 @merge_methods.register(
-    "karcher", paper="https://doi.org/10.1002/cpa.3160300502", space="core", spaces=("core", "delta")
+    "karcher", paper="https://doi.org/10.1002/cpa.3160300502", space="core", spaces=("core", "delta", "knots")
 )
 def karcher(
     deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"], *, steps: int = 100

@@ -14,6 +14,7 @@ from loraloom.ops.merge_methods import merge_methods
     paper="https://arxiv.org/abs/2409.16167",
     space="units",
     spaces=("units",),
+    lacks="delta, core, knots: only factors have rank-one units",
     rank="largest",
     size="clusters",
     breaks=("order", "scaling"),

@@ -9,7 +9,13 @@ from torch import Tensor
 from loraloom.ops.merge_methods import merge_methods
 
 
-@merge_methods.register("model_stock", paper="https://arxiv.org/abs/2403.19522", space="core", spaces=("core", "delta"))
+@merge_methods.register(
+    "model_stock",
+    paper="https://arxiv.org/abs/2403.19522",
+    space="core",
+    spaces=("core", "delta"),
+    lacks="knots: adapters are at right angles there unless their B depend on each other; the sum would be drawn to 0",
+)
 def model_stock(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
     """Weighted sum, drawn towards the base by the angle between the updates (Jang et al. 2024).
 

@@ -10,7 +10,13 @@ from loraloom.ops.merge_methods import inner_method, merge_methods
 from loraloom.ops.spectrum import triples
 
 
-@merge_methods.register("pico", paper="https://arxiv.org/abs/2604.16826", space="core", spaces=("core", "delta"))
+@merge_methods.register(
+    "pico",
+    paper="https://arxiv.org/abs/2604.16826",
+    space="core",
+    spaces=("core", "delta"),
+    lacks="knots: all output directions are equally crowded there; nothing would be calibrated",
+)
 def pico(
     deltas: Float[Tensor, " k m n"],
     weights: Float[Tensor, " k"],

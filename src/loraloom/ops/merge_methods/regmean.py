@@ -16,6 +16,7 @@ _RIDGE = 1e-6  # times the mean of the diagonal: nothing beside any input that w
     paper="https://arxiv.org/abs/2212.09849",
     space="knots",
     spaces=("knots", "delta"),
+    lacks="core: the Gram matrices are those of the inputs, which core turns into another basis",
     statistics="gram",
 )
 def regmean(

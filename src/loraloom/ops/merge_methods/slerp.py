@@ -10,7 +10,9 @@ from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.sphere import exp_map, log_map, on_sphere
 
 
-@merge_methods.register("slerp", paper="https://doi.org/10.1145/325165.325242", space="core", spaces=("core", "delta"))
+@merge_methods.register(
+    "slerp", paper="https://doi.org/10.1145/325165.325242", space="core", spaces=("core", "delta", "knots")
+)
 def slerp(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
     """Interpolation of the directions along the great circle, of the norms along the line (Shoemake 1985).
 

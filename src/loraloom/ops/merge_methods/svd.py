@@ -10,7 +10,12 @@ from loraloom.ops.merge_methods.linear import linear
 
 
 @merge_methods.register(
-    "svd", paper="https://doi.org/10.1007/BF02288367", linear=True, rank="largest", spaces=("delta",)
+    "svd",
+    paper="https://doi.org/10.1007/BF02288367",
+    linear=True,
+    rank="largest",
+    spaces=("delta",),
+    lacks="core, knots: a sum is the same in both",
 )
 def svd(deltas: Float[Tensor, " k *shape"], weights: Float[Tensor, " k"]) -> Float[Tensor, " *shape"]:
     """Weighted sum, cut to the largest rank of the inputs by SVD (PEFT's ``svd``).

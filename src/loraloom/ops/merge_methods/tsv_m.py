@@ -10,7 +10,13 @@ from loraloom.ops.merge_methods import merge_methods
 from loraloom.ops.spectrum import polar, triples
 
 
-@merge_methods.register("tsv_m", paper="https://arxiv.org/abs/2412.00081", space="core", spaces=("core", "delta"))
+@merge_methods.register(
+    "tsv_m",
+    paper="https://arxiv.org/abs/2412.00081",
+    space="core",
+    spaces=("core", "delta"),
+    lacks="knots: an adapter's singular values are all 1 there unless its B depends on others; none are the largest",
+)
 def tsv_m(
     deltas: Float[Tensor, " k m n"], weights: Float[Tensor, " k"], *, density: float = 1.0
 ) -> Float[Tensor, " m n"]:
