@@ -74,6 +74,7 @@ def fast(model: nn.Module, on: bool = True) -> Any:
     tuned: dict[str, Any] = {path: part for path, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
     if not tuned:
         raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers; add an adapter first")
+    _part(model)
     for layer in tuned.values():
         if on and type(layer) in _FAST:
             layer.__class__ = _FAST[type(layer)]
@@ -82,8 +83,9 @@ def fast(model: nn.Module, on: bool = True) -> Any:
             layer.__class__ = type(layer).__bases__[0]
             for name in ("_siblings", "_square"):
                 vars(layer).pop(name, None)
-    for group in _groups(tuned):
+    for parent, group in _groups(tuned):
         siblings = _Siblings(group)
+        model.get_submodule(parent).register_forward_hook(siblings.forget, always_call=True)
         for layer in group:
             layer._siblings = siblings
     left = Counter(f"{type(layer).__module__}.{type(layer).__name__}" for layer in tuned.values())
@@ -92,8 +94,16 @@ def fast(model: nn.Module, on: bool = True) -> Any:
     return model
 
 
-def _groups(tuned: dict[str, Any]) -> list[list[Any]]:
-    """Fast layers that by their names see one input."""
+def _part(model: nn.Module) -> None:
+    """Take the hooks of earlier groups away."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _Siblings):
+                del module._forward_hooks[key], module._forward_hooks_always_called[key]
+
+
+def _groups(tuned: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Fast layers that by their names see one input, with the path of their parent."""
     found = []
     for path in tuned:
         name = path.rpartition(".")[2]
@@ -101,8 +111,8 @@ def _groups(tuned: dict[str, Any]) -> list[list[Any]]:
         for names in _TOGETHER:
             if name == names[0] and not any(word in parent.lower() for word in _CROSS):
                 group = [tuned[parent + other] for other in names if parent + other in tuned]
-                found.append([layer for layer in group if type(layer) in _FAST.values()])
-    return [group for group in found if len(group) > 1]
+                found.append((parent[:-1], [layer for layer in group if type(layer) in _FAST.values()]))
+    return [(parent, group) for parent, group in found if len(group) > 1]
 
 
 def _nothing() -> None:
@@ -112,9 +122,9 @@ def _nothing() -> None:
 class _Siblings:
     """Layers that are computed together when the first of them is called; each takes its own when it is called.
 
-    Their names say so (``_TOGETHER``), and not what was seen: a run that is resumed computes as the unbroken one. Those
-    that turn out to see another input, or none, leave for good. What is computed ahead is held until its layer is
-    called.
+    Their names say so (``_TOGETHER``), and not what was seen: a checkpoint that is recomputed and a run that is resumed
+    compute as it was done before. One that sees another input is computed again by itself, each time. What was computed
+    ahead is held until its layer is called or the forward of their parent ends, with an error or without.
     """
 
     def __init__(self, members: list[nn.Module]) -> None:
@@ -122,26 +132,26 @@ class _Siblings:
         self.seen: tuple = (_nothing, None, _nothing)
         self.ahead: dict[nn.Module, Tensor] = {}
 
-    def __reduce__(self) -> tuple:
-        return _Siblings, (self.members,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "seen": (_nothing, None, _nothing), "ahead": {}}
 
-    def taken(self, layer: nn.Module, x: Tensor, routing: Any) -> Tensor | None:
-        """What was computed for the layer on this input; if nothing was, it is the first of them on this input."""
+    def taken(self, layer: nn.Module, x: Tensor, routing: Any) -> tuple[Tensor | None, list[nn.Module]]:
+        """What was computed for the layer on this input; if nothing was, which layers to compute with it."""
         state = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
-        of_x, of_state, of_routing = self.seen
-        same = of_x() is x and of_state == state and of_routing() is routing
-        if same and layer in self.ahead:
-            return self.ahead.pop(layer)
-        if self.ahead:
-            _say(f"{len(self.ahead)} of {len(self.members)} layers of like names, which do not see one input, apart")
-            self.members = [one for one in self.members if one not in self.ahead]
+        if layer in self.ahead:
+            out, (of_x, of_state, of_routing) = self.ahead.pop(layer), self.seen
+            if of_x() is x and of_state == state and of_routing() is routing:
+                return out, []
+            _say("layers of like names that do not see one input", "What is computed ahead is in vain for")
+            return None, []
         self.seen = (ref(x), state, _nothing if routing is None else ref(routing))
         self.ahead = {}
-        return None
+        return None, [one for one in self.members if one is not layer]
 
-    def others(self, layer: nn.Module) -> list[nn.Module]:
-        """Those to compute with the layer that is called first."""
-        return [one for one in self.members if one is not layer] if layer in self.members else []
+    def forget(self, *_: Any) -> None:
+        """Let go of what nobody took; a hook on the parent."""
+        if not torch.compiler.is_compiling():
+            self.ahead = {}
 
 
 class FastLora(LoraLinear):
@@ -201,12 +211,12 @@ def _quickly(
         (out,) = run(x, [adapted], dtype=dtype)
         return out
     siblings = layer._siblings
-    out = siblings.taken(layer, x, adapted.between and adapted.between.routing)
+    out, others = siblings.taken(layer, x, adapted.between and adapted.between.routing)
     if out is None:
-        found = {one: describe(one, x) for one in siblings.others(layer) if type(one) is type(layer) and _open(one)}
+        found = {one: describe(one, x) for one in others if type(one) is type(layer) and _open(one)}
         fit = {one: told[0] for one, told in found.items() if _fits(told, adapted)}
         out, *ahead = run(x, [adapted, *fit.values()], dtype=dtype)
-        siblings.ahead = dict(zip(fit, ahead, strict=True))
+        siblings.ahead |= zip(fit, ahead, strict=True)
     return out
 
 
@@ -354,5 +364,5 @@ def _square(layer: Any, weight: Tensor) -> Tensor | None:
 
 
 @cache
-def _say(what: str) -> None:
-    _log.warning("PEFT's own code, or MokA's layer, runs for %s", what)
+def _say(what: str, how: str = "PEFT's own code, or MokA's layer, runs for") -> None:
+    _log.warning("%s %s", how, what)
