@@ -92,7 +92,11 @@ def test_prune_by_unit_scope_pattern_and_scores(run, tmp_path):
     out = lambda name: str(tmp_path / name)  # noqa: E731
     done = run("prune", "a", "-o", out("r"), "--density", "0.5", "--unit", "rank", "--scope", "module", "--json")
     assert done.exit_code == 0 and ll.load(tmp_path / "r").config["r"] == 1, done.output
-    assert run("prune", "a", "-o", out("p"), "--pattern", "2:4").exit_code == 0
+    assert json.loads(done.stdout)["directions_kept"] == json.loads(done.stdout)["directions"] / 2
+    done = run("prune", "a", "-o", out("p"), "--pattern", "2:4", "--json")
+    assert done.exit_code == 0 and 0.5 <= json.loads(done.stdout)["density"] < 1, done.output
+    record = ll.load(tmp_path / "p").provenance["record"]
+    assert record["entries_kept"] == sum(record["kept"].values()) == json.loads(done.stdout)["entries_kept"]
     assert (
         run("prune", "a", "-o", out("b"), "--density", "0.5", "--space", "balanced", "--scope", "layer").exit_code == 0
     )
@@ -178,7 +182,10 @@ WRONG = {
         "size must be a whole number or none, got 1.5",
     ),
     "half a step": (["merge", "a", "b", "-o", "x", "--method", "karcher", "--set", "steps=1.5"], "a whole number"),
-    "truth for a step": (["merge", "a", "b", "-o", "x", "--method", "karcher", "--set", "steps=true"], "a whole number"),
+    "truth for a step": (
+        ["merge", "a", "b", "-o", "x", "--method", "karcher", "--set", "steps=true"],
+        "a whole number",
+    ),
     "a device that is not here": (["merge", "a", "b", "-o", "x", "--device", "cuda:77"], "device 'cuda:77': "),
     "a device that is none": (["merge", "a", "b", "-o", "x", "--device", "cudda"], "device 'cudda': "),
     "a device that holds no numbers": (["merge", "a", "b", "-o", "x", "--device", "meta"], "device 'meta': "),

@@ -326,6 +326,9 @@ def test_a_pattern_keeps_the_largest_of_every_few_neighbours(space, pattern):
                         want[i, start + at] = piece[at]
             assert np.allclose(after, want, atol=1e-10)
         assert pruned.provenance["record"]["kept"][name] > 0
+    record = pruned.provenance["record"]
+    assert record["entries_kept"] == sum(record["kept"].values()) <= record["entries"]
+    assert record["density"] == record["entries_kept"] / record["entries"]
 
 
 @pytest.mark.parametrize("scope", POOLS)

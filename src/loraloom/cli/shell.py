@@ -141,7 +141,8 @@ def saved(adapter: Any, out: Path, overwrite: bool, as_json: bool, **more: Any) 
     held = ll.load(path)
     record = held.provenance.get("record") or {}
     values: dict[str, Any] = {"adapter": str(path), "kind": held.kind, "modules": len(held.modules), **more}
-    reached = {key: record[key] for key in ("entries", "entries_kept") if key in record}
+    told = ("entries", "entries_kept", "directions", "directions_kept", "density")
+    reached = {key: record[key] for key in told if key in record}
     error = total(record)
     if error is not None:
         worst = max(record["error"], key=record["error"].__getitem__)

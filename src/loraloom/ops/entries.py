@@ -71,9 +71,13 @@ class Entries:
     def begin(self) -> None:
         """Start the record of what is reached."""
         self.record.update(entries=self.total, kept={})
-        if self.density is not None:
-            self.record["entries_kept"] = sum(round(self.density * self.entries(pool)) for pool in self.pools)
-            self.record["density"] = self.record["entries_kept"] / self.total
+        if self.pattern is not None:
+            most, of = map(int, self.pattern.split(":"))
+            rows = [row for name in self.adapter.modules for row in self.sizes(name)]
+            kept = sum(count * (length // of * most + min(length % of, most)) for count, length in rows)
+        else:
+            kept = sum(round((self.density or 0) * self.entries(pool)) for pool in self.pools)
+        self.record.update(entries_kept=kept, density=kept / self.total)
 
     @cached_property
     def pools(self) -> list[tuple[str, ...]]:
@@ -87,10 +91,12 @@ class Entries:
 
     def entries(self, names: tuple[str, ...]) -> int:
         """Number of entries of some modules."""
-        shapes = [self.adapter.shape(name) for name in names]
-        if self.space == "delta":
-            return sum(shape.out * shape.in_ for shape in shapes)
-        return sum((shape.out + shape.in_) * shape.rank for shape in shapes)
+        return sum(count * length for name in names for count, length in self.sizes(name))
+
+    def sizes(self, name: str) -> list[tuple[int, int]]:
+        """Rows and columns of the matrices whose entries are in question."""
+        out, in_, rank = self.adapter.shape(name)
+        return [(out, in_)] if self.space == "delta" else [(out, rank), (rank, in_)]
 
     @property
     def total(self) -> int:
