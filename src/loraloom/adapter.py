@@ -384,6 +384,11 @@ class Adapter:
         """Modules that are made of this adapter's when they are read: heavy where those are, or of themselves."""
         return Modules(names, read, shape, heavy=heavy or self.heavy)
 
+    def on(self, device: str) -> Adapter:
+        """The same adapter, each module on a device when it is read."""
+        there = self.derived(tuple(self.modules), lambda name: self.modules[name].to(device), self.shape)
+        return replace(self, modules=there)
+
     def loaded(self) -> Adapter:
         """The same adapter with every module in memory: for repeated use of a lazy result."""
         return replace(self, modules=dict(self.modules.items()), extras=dict(self.extras.items()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
 from loraloom.checkpoint import Checkpoint, as_matrix, is_conv1d
 from loraloom.ops.certificate import note
-from loraloom.ops.checks import check_size
+from loraloom.ops.checks import check_device, check_size
 from loraloom.ops.dense import low_rank
 from loraloom.registry import UnknownName
 
@@ -42,6 +42,7 @@ def extract(
     energy: float | None = None,
     modules: str | Sequence[str] | None = None,
     rest: str = "refuse",
+    device: str | None = None,
 ) -> Adapter:
     """An ordinary LoRA adapter that is nearest to ``tuned - base``, lazily, one weight at a time.
 
@@ -57,6 +58,7 @@ def extract(
         modules: ends of module paths, a list or a string with commas: q_proj,mlp.up_proj.
         rest: other parameters that differ (norms, biases, embeddings, heads): ``refuse``, ``ignore``, or ``keep`` them
             whole: biases as trained biases, others by ``modules_to_save``.
+        device: where to compute ("cuda"); the result is in main memory.
 
     Returns:
         A lazy adapter. ``provenance["record"]`` fills with ``error`` and ``norm`` by module, and names what was
@@ -86,6 +88,7 @@ def extract(
         raise ValueError(f"energy must be in (0, 1], got {energy}")
     if rest not in ("refuse", "ignore", "keep"):
         raise UnknownName("rest", rest, ["refuse", "ignore", "keep"])
+    check_device(device)
     new, old = Checkpoint(tuned), Checkpoint(base)
     _check_pair(new, old)
     keys, others = _changed(new, old, modules)
@@ -98,10 +101,10 @@ def extract(
     wanted = None if energy is not None else rank or 16
 
     def read(name: str) -> Factors:
-        difference = _difference(new, old, keys[name])
+        difference = _difference(new, old, keys[name]).to(device or "cpu")
         factors, error = _factors(difference, _is_turned(old, name), wanted, energy)
         note(record, name, error, factors)
-        return replace(factors, embedding=_is_embedding(name))
+        return replace(factors.to("cpu"), embedding=_is_embedding(name))
 
     def shape(name: str) -> Shape:
         sizes = old.shape(keys[name])

@@ -170,6 +170,19 @@ def test_a_budget_reads_each_module_once_before_the_result_is_read():
     assert sorted(read) == sorted(SIZES)
 
 
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.8}, {"budget": "0.5x"}])
+def test_on_another_device_the_result_is_in_main_memory_and_the_same(how, monkeypatch):
+    a, moved = random_adapter(3, SIZES), []
+    plain = compress(a, **how)
+    to = Factors.to
+    monkeypatch.setattr(Factors, "to", lambda self, device: moved.append(device) or to(self, device))
+    small = compress(a, device="cpu:0", **how).loaded()
+    assert set(moved) == {"cpu:0", "cpu"} and list(small.modules) == list(plain.modules)
+    for name in small.modules:
+        assert small.modules[name].B.device == torch.device("cpu")
+        assert torch.equal(small.modules[name].delta(), plain.modules[name].delta())
+
+
 def test_bias_magnitude_and_type_stay():
     part = random_factors(1, 6, 5, 3, 2.0, bias=torch.ones(6, dtype=torch.float64))
     small = compress(Adapter({"r": 3, "lora_bias": True}, {Q: part}), rank=1).modules[Q]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loraloom.cli.shell import (
     AsJson,
+    Device,
     Energy,
     Extras,
     Many,
@@ -68,13 +69,15 @@ def extract(
     energy: Energy = None,
     modules: Annotated[str, typer.Option(help="Only these, with commas: q_proj,up_proj.")] = "",
     rest: Annotated[Rest, typer.Option(help="Other parameters that differ.")] = Rest.refuse,
+    device: Device = "",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Make an adapter of the difference of a tuned model and its base."""
     import loraloom as ll
 
-    adapter = ll.extract(tuned, base, rank=rank, energy=energy, modules=modules or None, rest=rest.value)
+    how: dict[str, Any] = {"modules": modules or None, "rest": rest.value, "device": device or None}
+    adapter = ll.extract(tuned, base, rank=rank, energy=energy, **how)
     saved(adapter, out, overwrite, as_json)
 
 

@@ -13,6 +13,7 @@ from loraloom.cli.shell import (
     Base,
     Budget,
     Density,
+    Device,
     Energy,
     Extras,
     Knobs,
@@ -59,7 +60,7 @@ def merge(
         list[Path] | None, typer.Option(help="A file of `loraloom measure`; one per adapter.")
     ] = None,
     base: Base = None,
-    device: Annotated[str, typer.Option(help="Where to compute, such as cuda.")] = "",
+    device: Device = "",
     extras: Whole = Extras.refuse,
     allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
@@ -104,6 +105,7 @@ def interpolate(
     space: Annotated[Plain, typer.Option(help="factors: (1-t)B_a + t B_b and so A; delta: the updates.")] = Plain.delta,
     align: Annotated[Gauge | None, typer.Option(help="Bring B to A's gauge first, for --space factors.")] = None,
     base: Base = None,
+    device: Device = "",
     extras: Whole = Extras.refuse,
     allow_different_bases: OtherBases = False,
     overwrite: Overwrite = False,
@@ -121,6 +123,7 @@ def interpolate(
         space=space.value,
         align=align.value if align else None,
         base=ll.base_weights(base, *opened) if base else None,
+        device=device or None,
         extras=extras.value,
         same_base=not allow_different_bases,
     )
@@ -183,6 +186,7 @@ def compress(
             "below 0 count as 0)."
         ),
     ] = None,
+    device: Device = "",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -196,6 +200,7 @@ def compress(
         energy=energy,
         budget=budget or None,
         scores=scores_in(read_json(scores, "scores by unit"), str(scores), least=0.0) if scores else None,
+        device=device or None,
     )
     saved(small, out, overwrite, as_json)
 

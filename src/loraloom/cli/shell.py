@@ -40,6 +40,7 @@ Base = Annotated[Path | None, typer.Option("--base", help="Folder of the base mo
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the result.")]
 Energy = Annotated[float | None, typer.Option(help="Share of squared singular values kept, in (0, 1].")]
 Budget = Annotated[str, typer.Option(help="Size of the result's factors: 10MB, 64MiB, 0.5x.")]
+Device = Annotated[str, typer.Option("--device", help="Where to compute, such as cuda.")]
 Density = Annotated[float | None, typer.Option(help="Share kept, in (0, 1].")]
 Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
 Knobs = Annotated[list[str] | None, typer.Option("--set", help="A further argument of the method: name=value.")]

@@ -13,7 +13,7 @@ from typing import Any
 from loraloom.adapter import Adapter, Factors, UnsupportedKind, spectrum
 from loraloom.experts import owner_of, place_of
 from loraloom.ops.certificate import note, note_dropped
-from loraloom.ops.checks import check_gauge
+from loraloom.ops.checks import check_device, check_gauge
 from loraloom.registry import UnknownName
 from loraloom.strategies.units import group
 
@@ -27,6 +27,7 @@ def compress(
     energy: float | None = None,
     budget: int | str | None = None,
     scores: Mapping[str, float] | None = None,
+    device: str | None = None,
 ) -> Adapter:
     """The best approximation of every update at a lower rank (Eckart and Young 1936), computed on the factors.
 
@@ -47,12 +48,14 @@ def compress(
         energy: in (0, 1].
         budget: bytes of all factors, as a number or "10MB", "64MiB", or "0.5x" of what they take now.
         scores: how much a byte of each layer or module is worth, with ``budget`` (Shapley values, say); at least 0.
+        device: where to compute ("cuda"); by default where the factors are. The result is in main memory then.
 
     Returns:
-        A lazy adapter. ``provenance["record"]`` fills with ``error`` and ``norm`` by module as modules are read.
+        A lazy adapter. ``provenance["record"]`` fills with ``error`` and ``norm`` by module as modules are read;
+        rounding to the type of the factors is not in it.
 
     Raises:
-        ValueError: not exactly one of rank, energy and budget, or one that is out of range.
+        ValueError: not exactly one of rank, energy and budget, or one that is out of range; no such device.
         UnknownName: scores of a unit that is not there.
         UnsupportedKind: a budget for HiRA; MokA, whose attention sees the factors themselves.
 
@@ -73,6 +76,9 @@ def compress(
     }
     _check(rank, energy, budget, scores)
     check_gauge(adapter, "compress")
+    check_device(device)
+    if device is not None:
+        adapter = adapter.on(device)
     if adapter.kind == "hira" and budget is not None:
         raise UnsupportedKind("HiRA modules must have one rank to be loaded by PEFT, so they cannot share a budget")
     if rank is not None:
@@ -102,7 +108,8 @@ def compress(
     names = tuple(ranks) or tuple(adapter.modules)
     shape = (lambda name: adapter.shape(name)._replace(rank=ranks[name])) if ranks else cache(lambda n: read(n).shape)
     config = {**adapter.config, "inference_mode": True}
-    return replace(adapter, config=config, modules=adapter.derived(names, read, shape), provenance=provenance)
+    small = replace(adapter, config=config, modules=adapter.derived(names, read, shape), provenance=provenance)
+    return small if device is None else small.on("cpu")
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from loraloom.ops.align import align as aligned
 from loraloom.ops.merge import merge
 
 
-def interpolate(
+def interpolate(  # noqa: PLR0913 - every option that a path has
     a: Adapter,
     b: Adapter,
     at: float = 0.5,
@@ -21,6 +22,7 @@ def interpolate(
     space: str = "delta",
     align: str | None = None,
     base: Mapping[str, Tensor] | None = None,
+    device: str | None = None,
     same_base: bool = True,
     extras: str = "refuse",
 ) -> Adapter:
@@ -41,6 +43,7 @@ def interpolate(
         align: bring ``b`` and ``via`` to a's gauge first: ``orthogonal`` or ``invertible``
             (see :func:`loraloom.ops.align.align`).
         base: weights of the base model, for DoRA in space ``delta`` (see :func:`loraloom.ops.merge.merge`).
+        device: where to compute ("cuda"); by default where the factors are.
         same_base: refuse adapters whose base models have different names.
         extras: ``refuse`` or ``average`` (then interpolated too) whole tensors that several hold.
 
@@ -63,7 +66,8 @@ def interpolate(
     if align is not None:
         others = [aligned(one, to=a, by=align) for one in others]
     weights = [1 - at, at] if via is None else [(1 - at) ** 2, 2 * at * (1 - at), at**2]
-    point = merge([a, *others], weights=weights, space=space, base=base, same_base=same_base, extras=extras)
+    how: dict[str, Any] = {"base": base, "device": device, "same_base": same_base, "extras": extras}
+    point = merge([a, *others], weights=weights, space=space, **how)
     arguments = {"at": at, "space": space, "align": align, "same_base": same_base, "extras": extras}
     provenance = {**point.provenance, "operation": "interpolate", "arguments": arguments}
     if at in (0, 1):
