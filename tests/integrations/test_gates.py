@@ -372,6 +372,20 @@ def test_a_reference_pass_in_a_step_changes_nothing(checkpointing, reentrant):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_are_as_before_afterwards(reentrant):
+    model = llama_with_lora(True, reentrant)
+    layers, hooks = model.base_model.model.model.layers, model.get_input_embeddings()._forward_hooks
+    before, runs = list(hooks.values()), [layer._gradient_checkpointing_func for layer in layers]
+    with CoTo(total_steps=10).applied(model, 2):
+        assert before and not hooks
+        with CoTo(total_steps=10).applied(model, 3):
+            pass
+        assert not hooks
+    assert list(hooks.values()) == before
+    assert [layer._gradient_checkpointing_func for layer in layers] == runs
+
+
 def test_what_else_is_trained_below_still_learns_through_reentrant_checkpoints():
     model = llama_with_lora(True, reentrant=True)
     norm = model.base_model.model.model.layers[0].input_layernorm.weight.requires_grad_()

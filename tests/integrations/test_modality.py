@@ -325,6 +325,19 @@ def test_a_closed_gate_is_the_base_and_costs_nothing(monkeypatch: pytest.MonkeyP
         assert not torch.equal(model(**batch).logits, base) and len(seen) == 2 * len(NAMES)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gates_after_a_first_pass_with_checkpoints_free_the_inputs_too(reentrant: bool) -> None:
+    model, batch = checkpointed(reentrant), image_batch()
+    layers, plan = model.base_model.model.model.language_model.layers, ll.CoTo(total_steps=100, seed=3)
+    wanted = gradients(model, lambda model: model(**batch).loss.backward())
+    hooks = model.get_input_embeddings()._forward_hooks
+    run = layers[0]._gradient_checkpointing_func
+    with plan.applied(model, 100), plan.applied(model, 100):
+        model.zero_grad()
+        assert not hooks and same(gradients(model, lambda model: model(**batch).loss.backward()), wanted)
+    assert hooks and layers[0]._gradient_checkpointing_func is run
+
+
 def test_without_adapters_the_base_asks_for_no_routing() -> None:
     base = tiny_llava()
     batch = image_batch()

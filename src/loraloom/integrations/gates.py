@@ -6,7 +6,7 @@ A closed gate costs nothing in forward and leaves no gradient; ``requires_grad``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.adalora import heed_absence, mute, unmute
+from loraloom.integrations.routing import is_in
+from loraloom.starts import moves_base
 from loraloom.strategies import Strategy
 from loraloom.strategies.units import base_path, group
 
@@ -30,9 +32,6 @@ _NOT_BY_LAYER = {
     "ShadowLayer": "one shadow state passes through all of them",
 }
 
-# Starts that take the adapter out of the base weights: without the adapter the layer is not the base layer.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 
 class Gates:
     """The switches of one model, a gate a unit.
@@ -45,6 +44,7 @@ class Gates:
     removes the hook by which Transformers and PEFT let the embeddings' output require a gradient: with it every
     backward pass would run down to the embeddings whatever is closed. Only reentrant checkpoints need a gradient to
     come in; with these the first layer that learns asks for it itself, and those below it make no checkpoint.
+    :func:`applied` gives the hook back afterwards.
 
     Args:
         model: a PEFT model, or any model with PEFT layers in it, wrapped (DDP, torch.compile) or not.
@@ -67,7 +67,7 @@ class Gates:
         self.inner = _inner(model)
         self._start = _start_that_changes_base(model)
         self._refuse_merged()
-        _free_inputs(model)
+        self._freed = _free_inputs(model)
         heed_absence(model)
         self.modules = group(self._layers, unit)
         self.units = tuple(self.modules)
@@ -193,6 +193,7 @@ def applied(plan: Strategy, model: nn.Module, step: int) -> Iterator[Gates]:
         for layer, was_closed in zip(layers, closed, strict=True):
             if was_closed:
                 _close(layer)
+        gates._freed.close()
 
 
 @contextmanager
@@ -303,28 +304,32 @@ def _start_that_changes_base(model: nn.Module) -> str:
         configs = getattr(module, "peft_config", None)
         for config in configs.values() if isinstance(configs, dict) else ():
             start = getattr(config, "init_lora_weights", None)
-            if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            if moves_base(start):  # without the adapter the layer is not the base layer
                 return f"init_lora_weights={start!r}"
             if getattr(config, "kasa_config", None) is not None:
                 return "kasa_config"
     return ""
 
 
-def _free_inputs(model: nn.Module) -> None:
-    """Let backward end where nothing below learns, with either kind of checkpoint."""
+def _free_inputs(model: nn.Module) -> ExitStack:
+    """Let backward end where nothing below learns, with either kind of checkpoint; closing the result undoes it."""
+    undo = ExitStack()
     held: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     runs = [getattr(module, "_gradient_checkpointing_func", None) for module in held]
     settings = [getattr(run, "keywords", {}).get("use_reentrant") for run in runs]
     if not runs or None in settings:
-        return
+        return undo
     for module, run, reentrant in zip(held, runs, settings, strict=True):
-        if reentrant and not isinstance(run, _FromHereOn):
+        if reentrant and not is_in(run, _FromHereOn):
+            undo.callback(setattr, module, "_gradient_checkpointing_func", run)
             module._gradient_checkpointing_func = _FromHereOn(run, module)
     for module in model.modules():
         # by name: the public way to remove them forgets all but the last of several
-        for key, hook in list(module._forward_hooks.items()):
+        for key, hook in reversed(module._forward_hooks.copy().items()):
             if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                undo.callback(module._forward_hooks.__setitem__, key, hook)
                 del module._forward_hooks[key]
+    return undo
 
 
 class _FromHereOn:
@@ -334,19 +339,19 @@ class _FromHereOn:
     """
 
     def __init__(self, run: Any, layer: nn.Module) -> None:
-        self.run, self.layer, self.keywords = run, layer, run.keywords
+        self.function, self.layer, self.keywords = run, layer, run.keywords
 
     def __call__(self, function: Any, *args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, Tensor)]
         if not tensors or not torch.is_grad_enabled():
             return function(*args)
         if any(value.requires_grad for value in tensors):
-            return self.run(function, *args)
+            return self.function(function, *args)
         if not _learns(self.layer):
             return function(*args)
         first = next(at for at, value in enumerate(args) if value is tensors[0])
         asked = tensors[0].detach().requires_grad_()
-        return self.run(function, *args[:first], asked, *args[first + 1 :])
+        return self.function(function, *args[:first], asked, *args[first + 1 :])
 
 
 def _learns(module: nn.Module) -> bool:

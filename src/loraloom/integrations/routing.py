@@ -280,6 +280,7 @@ class _Captured:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        self.keywords = getattr(function, "keywords", {})  # gates look for the kind of checkpoint there
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         passes = _here.passes
@@ -294,12 +295,17 @@ class _Captured:
         return self.function(again, *args, **kwargs)
 
 
+def is_in(run: Any, kind: type) -> bool:
+    """Whether a checkpoint function is of this kind, or wraps one that is; those that wrap have it as ``function``."""
+    return isinstance(run, kind) or (hasattr(run, "function") and is_in(run.function, kind))
+
+
 def _capture(module: nn.Module) -> None:
     """Have checkpointed layers, of Transformers or in a wrapper of torch, keep the routing for their recomputation."""
     for part in module.modules():
         for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
             function = vars(part).get(name)
-            if function is not None and not isinstance(function, _Captured):
+            if function is not None and not is_in(function, _Captured):
                 setattr(part, name, _Captured(function))
 
 
@@ -329,4 +335,4 @@ def is_seq2seq(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-__all__ = ["Router", "current", "hook", "is_seq2seq"]
+__all__ = ["Router", "current", "hook", "is_in", "is_seq2seq"]
