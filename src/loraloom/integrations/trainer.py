@@ -61,8 +61,10 @@ class CoToCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gates as drawn for this optimizer step; called once a step, before its first micro-batch."""
-        self._begun().draw(state.global_step)
+        """Gates as drawn for this optimizer step in a loop that is no Trainer; a Trainer's ``training_step`` draws."""
+        run = self._begun()
+        if not self._trainer.found:
+            run.draw(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All passes of the step are done: open everything, and note what is to be logged of it."""
@@ -134,6 +136,11 @@ class Extended:
     def __init__(self) -> None:
         self._trainer: Trainer | None = None
         self._wrapped: dict[str, Callable] = {}
+
+    @property
+    def found(self) -> bool:
+        """Whether a Trainer is extended."""
+        return self._trainer is not None
 
     @property
     def state(self) -> Any:
