@@ -31,6 +31,7 @@ LEVELS = {
     "loraloom.stream": 0,
     "loraloom.fused": 0,
     "loraloom.intervals": 0,
+    "loraloom.starts": 0,
     "loraloom.experts": 1,
     "loraloom.modalities": 1,
     "loraloom.layout": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, 
 from loraloom.checkpoint import Checkpoint, as_matrix, is_conv1d
 from loraloom.ops.certificate import note
 from loraloom.ops.checks import check_device, check_size
+from loraloom.ops.compress import enough
 from loraloom.ops.dense import low_rank
 from loraloom.registry import UnknownName
 
@@ -84,8 +86,6 @@ def extract(
                 [0.5000, 0.5000, 0.5000]])
     """
     check_size(rank, energy, None)
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be in (0, 1], got {energy}")
     if rest not in ("refuse", "ignore", "keep"):
         raise UnknownName("rest", rest, ["refuse", "ignore", "keep"])
     check_device(device)
@@ -237,12 +237,11 @@ def _factors(difference: Tensor, turned: bool, rank: int | None, energy: float |
         return Factors(B=b, A=a, kernel=kernel), error
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     squares = s.double().square()
-    reached = squares.cumsum(0)
-    enough = int((reached < (energy or 1.0) * reached[-1] * (1 - 1e-12)).sum()) + 1
-    enough = max(1, min(enough, int((s > _ROUNDING * s[0]).sum())))
-    root = s[:enough].sqrt()
-    error = float((squares[enough:].sum() / reached[-1]).sqrt()) if float(reached[-1]) > 0 else 0.0
-    return Factors(B=u[:, :enough] * root, A=root[:, None] * vh[:enough], kernel=kernel), error
+    kept = max(1, min(enough(squares.tolist(), energy or 1.0), int((s > _ROUNDING * s[0]).sum())))
+    root = s[:kept].sqrt()
+    whole = float(squares.sum())
+    error = math.sqrt(float(squares[kept:].sum()) / whole) if whole > 0 else 0.0
+    return Factors(B=u[:, :kept] * root, A=root[:, None] * vh[:kept], kernel=kernel), error
 
 
 def _config(old: Checkpoint, names: Sequence[str], extras: Sequence[str], rank: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
 from loraloom.experts import Grouped, as_stored, groups_of, holds_experts, owner_of, place_of, spread, unpacked
 from loraloom.modalities import MOKA, Stacked, modality_part, plan_of, spread_modalities, stored_shape
+from loraloom.starts import moves_base
 from loraloom.stream import OnDemand
 from loraloom.untrusted import expression, is_number, short, word
 
@@ -34,8 +35,6 @@ _VARIANTS = (
     *("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora"),
     *("use_qalora", "velora_config"),
 )
-# Starts that change the base weight: the factors are then relative to a base that only training saw.
-_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<embedding>(?:lora|hira)_embedding_)(?P<which>[AB])"
@@ -106,7 +105,7 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
         if config.get(key):
             raise UnsupportedKind(f"{where}: {key} is set; adapters of that variant are not factors B and A alone")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
+    if moves_base(start):
         raise UnsupportedKind(
             f"{where}: init_lora_weights={start!r} is relative to a changed base model; "
             "save it with PEFT's path_initial_model_for_weight_conversion to get an ordinary LoRA"

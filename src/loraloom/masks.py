@@ -19,12 +19,11 @@ from torch import Tensor
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.experts import as_stored
 from loraloom.folders import whole_file
-from loraloom.safefile import SafeFile, Writer
+from loraloom.safefile import PICKLES, SafeFile, Writer
 from loraloom.untrusted import parse_json
 
 MASK = "lori_mask.safetensors"  # in the folder of an adapter that was trained with it
 _MARK = "loraloom_mask"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +172,7 @@ def load_mask(path: str | Path) -> Mask:
     where = Path(path)
     if where.is_dir():
         where = where / MASK
-    if where.suffix in _PICKLES:
+    if where.suffix in PICKLES:
         raise UnsupportedKind(f"{where} is a pickle, which can run code; make a mask with `loraloom calibrate`")
     if not where.is_file():
         raise FileNotFoundError(f"{where} is not there")

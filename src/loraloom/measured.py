@@ -15,12 +15,11 @@ from torch import Tensor
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.folders import whole_file
-from loraloom.safefile import SafeFile, Writer
+from loraloom.safefile import PICKLES, SafeFile, Writer
 from loraloom.stream import OnDemand
 
 KINDS = ("gram", "fisher")
 _MARK = "loraloom_statistics"  # in the file's metadata: the kind
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ def load_statistics(path: str | Path) -> Statistics:
         FileNotFoundError: nowhere.safetensors is not there
     """
     where = Path(path)
-    if where.suffix in _PICKLES:
+    if where.suffix in PICKLES:
         raise UnsupportedKind(f"{where} is a pickle, which can run code; allowed: files of `loraloom measure`")
     if not where.is_file():
         raise FileNotFoundError(f"{where} is not there")

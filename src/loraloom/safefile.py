@@ -21,6 +21,7 @@ DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # which can run code
 FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of options
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _CHUNK = 1 << 20  # bytes at a time: what was read is still in the cache when it is used

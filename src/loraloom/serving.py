@@ -15,6 +15,7 @@ from loraloom.experts import owner_of
 from loraloom.folders import refuse_taken, whole_folder
 from loraloom.registry import UnknownName
 from loraloom.safefile import FLOATS
+from loraloom.starts import moves_base
 from loraloom.store import CONFIG, load, save
 
 _FOLD = "fold it into the base model (loraloom fold)"
@@ -100,8 +101,8 @@ def _for_vllm(adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None)
     if whole or adapter.config.get("lora_bias"):
         what = next(iter(whole), "lora_bias")
         raise UnsupportedKind(f"vLLM loads no trained biases or whole modules ({what}); fold them in (loraloom fold)")
-    start = str(adapter.config.get("init_lora_weights", "")).lower()
-    if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
+    start = adapter.config.get("init_lora_weights")
+    if moves_base(start):
         raise UnsupportedKind(
             f"init_lora_weights={start!r} moves the base weights, which vLLM does not; convert it first"
         )

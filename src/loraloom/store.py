@@ -37,7 +37,7 @@ from loraloom.layout import (
     module_tensors,
     settled,
 )
-from loraloom.safefile import SafeFile, Writer, sha256
+from loraloom.safefile import PICKLES, SafeFile, Writer, sha256
 from loraloom.stream import ahead
 from loraloom.untrusted import read_json, short
 
@@ -82,7 +82,7 @@ def load(path: str | Path) -> Adapter:
     config = read_json(folder / CONFIG)
     where = folder / WEIGHTS
     if not where.is_file():
-        pickles = sorted(file.name for file in folder.glob("*.*") if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        pickles = sorted(file.name for file in folder.glob("*.*") if file.suffix in PICKLES)
         if pickles:
             raise UnsupportedKind(f"{folder / pickles[0]} is a pickle, which can run code; allowed: {WEIGHTS}")
         raise FileNotFoundError(f"{where} is not there")

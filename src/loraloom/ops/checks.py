@@ -15,6 +15,7 @@ from loraloom.adapter import Adapter, AdapterMismatch, Shape, UnsupportedKind
 from loraloom.experts import all_parameters, owner_of, parameters_of
 from loraloom.ops.spaces import SPACES
 from loraloom.registry import Technique, UnknownName
+from loraloom.starts import moves_base
 from loraloom.untrusted import is_number
 
 Weights = list[float] | dict[str, list[float]]  # of all modules, or by module path
@@ -44,8 +45,8 @@ def check_linear(adapter: Adapter, verb: str) -> None:
     check_gauge(adapter, verb)
     if adapter.kind not in ("lora", "hira"):
         raise UnsupportedKind(f"cannot {verb} adapters of kind {adapter.kind!r}; allowed: lora, hira")
-    start = str(adapter.config.get("init_lora_weights", "")).lower()
-    if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
+    start = adapter.config.get("init_lora_weights")
+    if moves_base(start):
         raise UnsupportedKind(
             f"cannot {verb} an adapter with init_lora_weights={start!r}: its update is relative to base weights that"
             " this start has moved; convert it first (PEFT: path_initial_model_for_weight_conversion)"
@@ -193,12 +194,14 @@ def check_size(rank: int | None, energy: float | None, budget: int | str | None)
     """At most one of the three that say how large the result may be.
 
     Raises:
-        ValueError: more than one, or a rank that is not a whole number of at least 1.
+        ValueError: more than one, a rank that is not a whole number of at least 1, or an energy outside (0, 1].
     """
     if sum(value is not None for value in (rank, energy, budget)) > 1:
         raise ValueError("rank, energy and budget each say how large the result may be; give at most one")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
 
 
 def check_device(device: str | None) -> None:

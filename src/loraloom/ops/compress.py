@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import zip_longest
@@ -13,7 +13,7 @@ from typing import Any
 from loraloom.adapter import Adapter, Factors, UnsupportedKind, spectrum
 from loraloom.experts import owner_of, place_of
 from loraloom.ops.certificate import note, note_dropped
-from loraloom.ops.checks import check_device, check_gauge
+from loraloom.ops.checks import check_device, check_gauge, check_size
 from loraloom.registry import UnknownName
 from loraloom.strategies.units import group
 
@@ -89,7 +89,7 @@ def compress(
     else:
         ranks = {}  # known when a module is read
     if adapter.kind == "hira" and len(set(ranks.values())) != 1:
-        needed = ranks.values() or [_enough(_squares(one), energy or 1.0) for one in adapter.modules.values()]
+        needed = ranks.values() or [enough(_squares(one), energy or 1.0) for one in adapter.modules.values()]
         ranks = dict.fromkeys(adapter.modules, max(needed))
 
     def read(name: str) -> Factors:
@@ -100,7 +100,7 @@ def compress(
         else:
             found = spectrum(factors)
             asked = float(found.values.norm())
-            wanted = ranks[name] if name in ranks else _enough(found.values.square().tolist(), energy or 1.0)
+            wanted = ranks[name] if name in ranks else enough(found.values.square().tolist(), energy or 1.0)
             small, error = (factors, 0.0) if wanted == factors.rank else found.cut(wanted)
         note(record, name, error, small, asked)
         return small
@@ -117,10 +117,7 @@ def _check(
 ) -> None:
     if sum(value is not None for value in (rank, energy, budget)) != 1:
         raise ValueError("compress takes one of rank, energy and budget")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    check_size(rank, energy, budget)
     if scores is not None and budget is None:
         raise ValueError("scores share out a budget; give one")
     if budget is not None:
@@ -132,8 +129,13 @@ def _squares(factors: Factors) -> list[float]:
     return found
 
 
-def _enough(squares: list[float], energy: float) -> int:
-    """How many of the falling squares it takes to make up the share; at least one."""
+def enough(squares: Sequence[float], energy: float) -> int:
+    """How many of the falling squares it takes to make up the share of their sum; at least one, and all for 1.
+
+    Example:
+        >>> enough([6.0, 3.0, 1.0], 0.7)
+        2
+    """
     whole, kept = math.fsum(squares), 0.0
     for count, square in enumerate(squares, start=1):
         kept += square
