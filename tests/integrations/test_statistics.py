@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import tiny_llava
 from loraloom.adapter import Adapter, Factors, UnsupportedKind
 from loraloom.integrations.peft import attached
 from loraloom.integrations.scoring import Bench, bench
@@ -268,6 +269,25 @@ def test_fisher_of_an_encoder_is_that_of_its_training_loss():
     size = torch.cat(list(sums.values())).square().mean().sqrt()
     for name in names:
         torch.testing.assert_close(found[name], sums[name] / size, rtol=1e-3, atol=1e-4)
+
+
+def test_a_multimodal_model_is_measured_as_a_causal_one():
+    made = bench(tiny_llava.tiny_llava(), tiny_llava.task(), processor=tiny_llava.processor(), max_length=40)
+    name = "model.language_model.layers.1.self_attn.q_proj"
+    adapter = adapter_on(made.model, [name])
+    assert measure(adapter, made, limit=4)[name].shape == (16, 16)
+    found = measure(adapter, made, kind="fisher", labels="given", limit=3)[name]
+    sums = torch.zeros(())
+    with attached(made.model, adapter) as model:
+        live = dict(model.named_parameters())
+        pair = [live[f"base_model.model.{name}.lora_{part}.default.weight"].requires_grad_() for part in "BA"]
+        for example in made.training[:3]:
+            losses = []
+            for choice in range(len(example.choices)):
+                losses.append(model(**made.collate([replace(example, label=choice)])).loss)
+            gradients = torch.autograd.grad((-torch.stack(losses)).log_softmax(0)[example.label], pair)
+            sums = sums + torch.cat([gradient.flatten() for gradient in gradients]).square()
+    torch.testing.assert_close(found, sums / sums.square().mean().sqrt(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_head_is_that_of_frozen_features_whatever_is_asked_first():

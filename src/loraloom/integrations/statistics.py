@@ -91,7 +91,7 @@ def measure(
     if kind == "fisher" and is_free(made.task, examples[0]):
         raise ValueError(f"task {made.task.name}: Fisher information needs choices; its answers are free texts")
     names = list(adapter.modules) if modules is None else list(modules)
-    if made.family != "causal":
+    if not made.continues:
         _ = made.head  # made while the base is bare: it is of frozen features
     about = {"task": made.task.name, "model": made.name, "examples": str(len(examples))}
     if kind == "gram":
@@ -216,7 +216,7 @@ def _balanced(factors: Factors) -> Factors:
 
 def _log_likelihoods(made: Bench, model: nn.Module, example: Example) -> Tensor:
     """log p of every choice of one example: by what the bench chooses, (choices,)."""
-    if made.family != "causal":
+    if not made.continues:
         batch = _batch(made, [example], model)
         features = made.head.features(model(**batch).last_hidden_state, batch.get("attention_mask"))
         return made.head.logits(features)[0].log_softmax(-1)
