@@ -17,7 +17,7 @@ from loraloom.ops.prune import prune
 from loraloom.probes.game import uniforms, units_of
 from loraloom.sweep.table import Sweep, Tasks
 
-Base = Callable[[Adapter], Mapping[str, Tensor]]
+Base = Callable[..., Mapping[str, Tensor]]
 _STREAM = 0x5377_6565  # the upper half of the generator's key: draws for other ends are another stream
 
 
@@ -34,12 +34,12 @@ class Operation:
 
         Args:
             adapters: what is operated on.
-            base: gives the weights of the base model under an adapter; asked for where updates of DoRA are put
+            base: gives the weights of the base model under adapters; asked for where updates of DoRA are put
                 together, whose magnitudes do not add.
         """
         joins = self.how in ("interpolate", "merge", "tasks") and self.arguments.get("space") != "factors"
         dora = joins and adapters[0].kind == "dora"
-        on: dict[str, Any] = {"base": base(adapters[0])} if dora and base is not None else {}
+        on: dict[str, Any] = {"base": base(*adapters)} if dora and base is not None else {}
         if self.how == "interpolate":
             return interpolate(adapters[0], adapters[1], **self.arguments, **on)
         if self.how in ("merge", "tasks"):
@@ -116,4 +116,4 @@ def tried(operation: Operation, kind: str, tasks: int) -> None:
     tiny = Adapter(config, {f"layers.{layer}.q": factors for layer in range(6)})
     count = {"interpolate": 2, "merge": len(operation.arguments.get("weights", ())), "tasks": tasks}
     weights = dict.fromkeys(tiny.modules, torch.eye(4))
-    operation.applied([tiny] * count.get(operation.how, 1), lambda adapter: weights).loaded()
+    operation.applied([tiny] * count.get(operation.how, 1), lambda *adapters: weights).loaded()

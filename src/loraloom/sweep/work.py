@@ -205,7 +205,7 @@ class Worker:
     @staticmethod
     def _base(job: Job) -> Base:
         """Where the weights of a job's base model are found."""
-        return lambda adapter: base_weights(resolve(job.sources[0].model), adapter)
+        return lambda *adapters: base_weights(resolve(job.sources[0].model), *adapters)
 
     def _place(self, recipe: Recipe) -> Path:
         return self.folder / "adapters" / run_key(recipe)
