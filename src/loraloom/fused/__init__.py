@@ -5,8 +5,8 @@ the matrix products themselves. Nothing of the size of a weight or of an output 
 keep as well; most is not kept at all.
 
 Costs for n tokens and a weight of out x in, beside 4 n in out of the frozen layer (forward, and backward through its
-input): LoRA 6 n r (in + out); DoRA in addition 2 r in out, and a pass each way over the output; HiRA 2 n in out for the
-gradient of the product, 8 r in out, and two passes each way over the weight, block by block.
+input): LoRA 6 n r (in + out); DoRA in addition 2 r in out, a pass over the weight, and one each way over the output;
+HiRA 2 n in out for the gradient of the product, 8 r in out, and two passes each way over the weight, block by block.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Adapted(NamedTuple):
         b: (out, r).
         scale: of the update.
         magnitude: of DoRA, (out,).
-        square: of DoRA, sums of squares of the weight's rows, (out,), in at least float32; computed if not given.
         between: of MokA, what is done between A and B (:class:`loraloom.strategies.rankback.Between`).
     """
 
@@ -46,7 +45,6 @@ class Adapted(NamedTuple):
     b: Tensor
     scale: float = 1.0
     magnitude: Tensor | None = None
-    square: Tensor | None = None
     between: Any = None
 
 
@@ -72,7 +70,7 @@ def lora(x: Tensor, layers: Sequence[Adapted], *, dropout: float = 0.0, dtype: t
         >>> lora(torch.tensor([1.0, 2.0]), [Adapted(W, None, A, B, scale=2.0)])
         (tensor([7., 2.]),)
     """
-    tensors = [part for one in layers for part in (one.weight, one.bias, one.a, one.b, one.magnitude, one.square)]
+    tensors = [part for one in layers for part in (one.weight, one.bias, one.a, one.b, one.magnitude)]
     return _Lora.apply(x, [one.scale for one in layers], dropout, dtype, *tensors)
 
 
@@ -104,27 +102,27 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: list[float], p: float, dtype: torch.dtype | None, *tensors: Any) -> tuple:
-        parts = list(passes.each(tensors, 6))
+        parts = list(passes.each(tensors, 5))
         wide, thin = dtype or x.dtype, dtype or parts[0][2].dtype
         flat, lows = in_kind(passes.rows(x), wide), [part[2] for part in parts]
         all_down, kept = passes.down(x, flat, passes.stacked(lows, thin), p)
         down = passes.apart(all_down, lows, dim=1)
         outs, norms, bare = [], [], []
-        for (weight, bias, a, b, magnitude, square), scale, u in zip(parts, scales, down, strict=True):
+        for (weight, bias, a, b, magnitude), scale, u in zip(parts, scales, down, strict=True):
             plain = magnitude is None
             z = F.linear(flat, in_kind(weight, wide), in_kind(bias, wide) if plain and bias is not None else None)
             z = passes.plus(z, u, in_kind(b, thin).T, scale)
             norm, y = None, z
             if not plain:
-                norm = row_norms(weight, a, b, scale, square)
+                norm = row_norms(weight, a, b, scale)
                 y = _rescaled(z, magnitude / in_kind(norm, magnitude.dtype), bias)
             norms.append(norm)
             bare.append(None if plain else z)
             outs.append(passes.placed(y, x))
         ctx.scales, ctx.p, ctx.dtype = scales, p, dtype
         ctx.set_materialize_grads(False)
-        needs = list(passes.each(ctx.needs_input_grad[4:], 6))
-        held = [part for weight, _, a, b, magnitude, _ in parts for part in (weight, a, b, magnitude)]
+        needs = list(passes.each(ctx.needs_input_grad[4:], 5))
+        held = [part for weight, _, a, b, magnitude in parts for part in (weight, a, b, magnitude)]
         us = [u if learns[3] else None for u, learns in zip(down, needs, strict=True)]
         ctx.save_for_backward(x if any(learns[2] for learns in needs) else None, kept, *held, *us, *norms, *bare)
         return tuple(outs)
@@ -136,11 +134,11 @@ class _Lora(torch.autograd.Function):
         k = len(grads)
         parts = list(passes.each(saved[: 4 * k], 4))
         down, norms, bare = saved[4 * k : 5 * k], saved[5 * k : 6 * k], saved[6 * k :]
-        wants, needs = ctx.needs_input_grad[0], list(passes.each(ctx.needs_input_grad[4:], 6))
-        found: list[list] = [[None] * 6 for _ in parts]
+        wants, needs = ctx.needs_input_grad[0], list(passes.each(ctx.needs_input_grad[4:], 5))
+        found: list[list] = [[None] * 5 for _ in parts]
         there = [i for i, g in enumerate(grads) if g is not None]  # a layer that nobody used has no gradient, not zero
         if not there:
-            return (None,) * (4 + 6 * k)
+            return (None,) * (4 + 5 * k)
         thin = ctx.dtype or parts[0][1].dtype
         through, inner = None, []
         for i in there:
@@ -227,7 +225,7 @@ class _Hira(torch.autograd.Function):
         return through, None, None, *(grad for one in found for grad in one)
 
 
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, square: Tensor | None = None) -> Tensor:
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Norms of the rows of ``weight + scale * b @ a``, (out,), without making it; in at least float32.
 
     Example:
@@ -236,7 +234,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, square: Tensor
     """
     kind = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
-        square = torch.linalg.vector_norm(weight, dim=1, dtype=kind) ** 2 if square is None else square
+        square = torch.linalg.vector_norm(weight, dim=1, dtype=kind).square_()
         low, high = a.to(kind), b.to(kind)
         if weight.dtype == kind:
             across = weight @ low.T

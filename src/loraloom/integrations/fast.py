@@ -81,8 +81,7 @@ def fast(model: nn.Module, on: bool = True) -> Any:
             layer._siblings = _Siblings([layer])
         elif not on and type(layer) in _FAST.values():
             layer.__class__ = type(layer).__bases__[0]
-            for name in ("_siblings", "_square"):
-                vars(layer).pop(name, None)
+            vars(layer).pop("_siblings", None)
     for parent, group in _groups(tuned):
         siblings = _Siblings(group)
         model.get_submodule(parent).register_forward_hook(siblings.forget, always_call=True)
@@ -246,7 +245,7 @@ def _with_dropout(
         (out,) = run(x, [one], dropout=dropout.p, dtype=dtype)
         return out
     with torch.no_grad():
-        norms = fused.row_norms(one.weight, one.a, one.b, one.scale, one.square).to(one.magnitude.dtype)
+        norms = fused.row_norms(one.weight, one.a, one.b, one.scale).to(one.magnitude.dtype)
     base, seen, by = layer.base_layer(x), dropout(x), one.magnitude / norms
     update = torch.nn.functional.linear(torch.nn.functional.linear(seen.to(one.a.dtype), one.a), one.b) * one.scale
     return (base + (by - 1) * torch.nn.functional.linear(seen, one.weight) + by * update).to(base.dtype)
@@ -268,7 +267,7 @@ def _lora(layer: Any, x: Tensor) -> tuple[Adapted, nn.Dropout | None, torch.dtyp
     magnitude = parts["lora_magnitude_vector"]._modules[name]
     if _touched(magnitude):
         return "DoRA with hooks on its magnitude"
-    return one._replace(magnitude=magnitude.weight, square=_square(layer, one.weight)), dropping, dtype
+    return one._replace(magnitude=magnitude.weight), dropping, dtype
 
 
 def _factors(layer: Any, x: Tensor, name: str) -> tuple[Adapted, nn.Dropout | None, torch.dtype | None] | str:
@@ -349,18 +348,6 @@ def _frozen(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
 def _touched(*modules: nn.Module) -> bool:
     """Whether a module has hooks or a ``forward`` of its own, which would be passed by."""
     return any("forward" in held or any(map(held.__getitem__, _HOOKS)) for held in map(vars, modules))
-
-
-def _square(layer: Any, weight: Tensor) -> Tensor | None:
-    """Sums of squares of the rows of DoRA's frozen weight, made again when the weight has changed."""
-    if torch.compiler.is_compiling():
-        return None
-    key = (weight.data_ptr(), weight._version, weight.dtype)
-    held = getattr(layer, "_square", None)
-    if held is None or held[0] != key:
-        kind = torch.promote_types(weight.dtype, torch.float32)
-        held = layer._square = (key, torch.linalg.vector_norm(weight, dim=1, dtype=kind).square_())
-    return held[1]
 
 
 @cache
