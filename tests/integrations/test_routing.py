@@ -543,6 +543,22 @@ def test_training_without_labels():
     adapted(attention="none").train()(**batch)
 
 
+def test_the_answer_is_looked_at_only_where_nothing_tells_it():
+    """In evaluation mode a forward pass without labels may be the prompt of what is generated then."""
+    model, given = adapted().eval(), without(image_batch(rows=1), "labels")
+    other = {**given, "input_ids": given["input_ids"].clone()}
+    other["input_ids"][0, -1] += 1
+    question = torch.ones_like(given["input_ids"])
+    question[0, -1] = 0
+
+    def alike(**more):
+        logits = [model(**batch, **more).logits[0, :-1] for batch in (given, other)]
+        return torch.equal(*logits)
+
+    assert alike(question_mask=question) and alike(labels=torch.where(question == 1, -100, given["input_ids"]))
+    assert not alike()  # a limit, told in docs/moka.md
+
+
 def test_a_model_that_tells_no_placeholder():
     model, ids = adapted(tiny_llama), image_batch(rows=1)["input_ids"]
     with pytest.raises(RoutingError, match=r"no placeholder id of image: tell it with MokA\(tokens=\{name: id\}\)"):

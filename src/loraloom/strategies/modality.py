@@ -37,7 +37,9 @@ class MokA:
             (the paper's "naive interaction"); ``text-as-query``: the text looks at each other modality instead.
         keys: which text is looked at. ``prompt``: what comes before the first label, or before what is generated;
             ``after-last-modality``: of that, what follows the last token of another modality; ``span``: what stands
-            between two marker tokens; ``explicit``: the tokens of ``question_mask``. Never the answer: it would leak.
+            between two marker tokens; ``explicit``: the tokens of ``question_mask``. The answer is never looked at
+            where ``labels``, ``question_mask`` or ``generate`` tell it from the prompt. In evaluation mode a forward
+            pass may have none of them; then all of its text is taken for a prompt, and an answer in it leaks.
         weight: lambda, or one by name.
         span: ids of the markers, for ``keys="span"``.
         logits: ``paper``: h h^T / sqrt(r); ``official``: times (alpha / r)^2, as the official audio-visual code has it.
