@@ -8,6 +8,7 @@ which it took part. With every adapter on, all is as PEFT has it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,15 +19,15 @@ from torch import nn
 _muted: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
-def heed_absence(model: nn.Module) -> None:
-    """Let the rank allocators of a model pass over parameters that have no gradient.
+def heed_absence(parts: Iterable[nn.Module]) -> None:
+    """Let the rank allocators among the modules of a model pass over parameters that have no gradient.
 
     Called when gates are made; nothing happens in a model without AdaLoRA.
 
     Raises:
         ValueError: later, in ``update_and_allocate``: ranks are to be taken away, and an adapter has never taken part.
     """
-    for module in model.modules():
+    for module in parts:
         allocator = vars(module).get("rankallocator")
         if allocator is not None and "update_ipt" not in vars(allocator):
             allocator.update_ipt, allocator.mask_to_budget = _Averages(allocator), _Masking(allocator)
