@@ -69,7 +69,7 @@ def _rates(found: Found) -> Table:
         "Learning rates chosen on validation",
         (*_columns(sweep), "arm", "rate", "validation", "at the end of the grid"),
         tuple(rows),
-        note=f"Every arm chose from {', '.join(f'{rate:g}' for rate in sweep.rates)}, by the mean of its seeds "
+        note=f"Every arm chose from {', '.join(f'{rate:g}' for rate in sweep.rates)}, by its mean over seeds "
         f"{', '.join(map(str, sweep.tuned_on or sweep.seeds))}. At an end of the grid a better rate may lie beyond.",
     )
 
