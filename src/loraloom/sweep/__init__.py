@@ -40,13 +40,14 @@ def run(
         resume: go on with what is there.
         jobs: processes on this machine, started for each rank.
         say: told one line for each finished job.
+        command: the command line, for the page.
 
     Raises:
         FileExistsError: ``out`` exists and ``resume`` is off.
         ValueError: a run or an operation is refused; what was done until then stays.
 
     Example:
-        >>> found = run(read("recipes/small/regime.yaml"), Path("runs/regime"), jobs=2)   # doctest: +SKIP
+        >>> found = run(read("recipes/small/sweep-regime.yaml"), Path("runs/regime"), jobs=2)   # doctest: +SKIP
         >>> found.panels[0].title                                                         # doctest: +SKIP
         'Learning rates chosen on validation'
     """
