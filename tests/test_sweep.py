@@ -546,6 +546,24 @@ def test_bundled_sweeps_are_valid() -> None:
         assert parse(run_of(made, next(cells(made)), 0).model_dump(mode="json"))
 
 
+def test_the_curve_of_entries_kept(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    """Outcomes written by hand: LoRA has 9 of 10 whole, 8 with half of the entries and 6 with a tenth; CoTo one less,
+    and in seed 1 two."""
+    kept = {"alone": 9, "kept: density 0.5": 8, "kept: density 0.1": 6}
+    asked = {"measure": {"prune": [{"keep": "low"}, {"density": 0.5}, {"density": 0.1}]}}
+    made = sweep.read(written(tmp_path, recipe_content, **asked))
+    journal = Journal(tmp_path / "out" / "journal")
+    for job in (job for part in phases(made, lambda cell: 0.01) for job in part):
+        right = kept.get(job.operation.name, 2) - (job.cell.arm == "CoTo") * (1 + job.seed)
+        scores = dict.fromkeys(job.splits, "1" * right + "0" * (10 - right))
+        journal.put(job, {"scores": scores, "seconds": 1.0, "broken": False, "took": 1.0})
+    panels = {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}
+    lora, coto = panels["Entries kept"].series
+    assert (lora.name, lora.x, lora.y) == ("LoRA", (0.1, 0.5, 1.0), (0.6, 0.8, 0.9))
+    assert (coto.name, coto.y) == ("CoTo", (0.45, 0.65, 0.75))
+    assert coto.low == tuple(round(value - 12.7062 * 0.05, 4) for value in coto.y)  # Student's, two seeds
+
+
 def test_where_a_gap_grows(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
     """Outcomes written by hand: CoTo is ahead by .1 at one rate and .3 at the other, and .2 more at rank 3."""
     asked = {"rates": [0.01, 0.03], "axes": {"adapter.rank": [2, 3]}, "measure": {"rates": "all"}}

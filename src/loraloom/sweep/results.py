@@ -31,7 +31,8 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
         optional += _over_tasks(found, names) if len(sweep.tasks) > 1 else ()
         optional.append(_by_setting(found, names))
     optional.append(_barriers(found))
-    panels = [_rates(found), *(panel for panel in optional if panel is not None), *_paths(found), *_maps(found, names)]
+    panels = [_rates(found), *(panel for panel in optional if panel is not None), *_paths(found), *_densities(found)]
+    panels += _maps(found, names)
     panels.append(_time(found))
     panels += [_against(found, names)] if len(sweep.arms) > 1 else []
     panels.append(_all(found, names))  # the longest ones last
@@ -237,6 +238,27 @@ def _paths(found: Found) -> Iterator[Panel]:
                 )
         title = f"Between two seeds: {', '.join(map(str, (*place[0], place[1])))}"
         yield Curve(title, "position between the two adapters", "accuracy", tuple(series), note="Means over pairs.")
+
+
+def _densities(found: Found) -> Iterator[Panel]:
+    """Accuracy by the share of single entries that pruning keeps, averaged over the tasks."""
+    pruned = {one.arguments["density"]: one.name for one in operations(found.sweep) if [*one.arguments] == ["density"]}
+    kept = dict(sorted({**pruned, 1.0: "alone"}.items()))
+    for axes in dict.fromkeys(cell.axes for cell in found.chosen) if len(kept) > 2 else ():
+        series = []
+        for arm in found.sweep.arms:
+            places = [found.at(arm, axes, task) for task in found.sweep.tasks]
+            scores = [[means(found.by[place, name]) for place in places] for name in kept.values()]
+            ends = [spread({seed: float(np.mean([one[seed] for one in each])) for seed in each[0]}) for each in scores]
+            values, low, high = zip(*(rounded(*each) for each in ends), strict=True)
+            series.append(Series(arm, tuple(kept), values, low, high))
+        yield Curve(
+            ": ".join(["Entries kept", *([", ".join(axes)] if axes else [])]),
+            "share of the factors' entries kept, by magnitude",
+            "accuracy",
+            tuple(series),
+            note=f"Means over the tasks. Over seeds: {_OVER_SEEDS}.",
+        )
 
 
 def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
