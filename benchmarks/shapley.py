@@ -42,7 +42,8 @@ def valued(arm: str, seed: int, recipe: Any, folder: Path, limit: int, samples: 
     torch.set_num_threads(1)
     adapter = ll.load(folder / "adapters" / run_key(recipe)).loaded()
     found = ll.shapley(adapter, asked(adapter, recipe.task, limit=limit), samples=samples)
-    told = {"arm": arm, "task": recipe.task, "seed": seed, "rate": recipe.train.learning_rate, "limit": limit}
+    told = {"arm": arm, "task": recipe.task, "seed": seed, "rate": recipe.train.learning_rate}
+    told |= {"limit": limit, "asked": samples}
     return {**told, "top third": found.top_third, **found.to_json()}
 
 
@@ -106,7 +107,7 @@ def main() -> None:
     sweep = read(given.sweep, given.arms)
     found = Found(sweep, Journal(given.folder / "journal"))
     done: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    known = {tuple(one[key] for key in ("arm", "task", "seed", "rate", "limit", "samples")) for one in done}
+    known = {tuple(one[key] for key in ("arm", "task", "seed", "rate", "limit", "asked")) for one in done}
 
     def left(cell: Cell, seed: int) -> bool:
         return (cell.arm, cell.task, seed, cell.rate, given.limit, given.samples) not in known

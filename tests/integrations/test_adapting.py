@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from loraloom.integrations.adapting import training
 from loraloom.integrations.backbones import load_backbone
@@ -53,6 +55,19 @@ def test_the_base_is_bare_again(fails):
     assert not any(weight.requires_grad for weight in base.parameters())
     assert not base.training
     assert torch.equal(base(input_ids=inputs).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("targets", ["all-linear", ["dense"], r".*dense"])
+@pytest.mark.parametrize("kind", ["lora", "hira"])
+def test_the_pooler_of_an_encoder_gets_no_adapter(kind, targets, tmp_path):
+    """Answers are scored by the last hidden state, so that nothing would come back to the pooler."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    base = BertModel(BertConfig(num_hidden_layers=1, **size))
+    with training(base, kind=kind, rank=2, alpha=4, target_modules=targets) as model:
+        assert not any("pooler" in name for name in from_model(model).modules)
+        model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base, tmp_path)  # it would warn of missing weights, which is an error here
 
 
 def test_a_module_that_is_not_there_is_named():

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import tiny_runs as tiny
 from loraloom.integrations.gates import Gates
@@ -127,6 +128,31 @@ def test_inactive_units_get_no_gradient_and_active_ones_do(tmp_path: Path) -> No
                     assert (weight.grad is not None) == active[tiny.unit_of(name)], (state.global_step, name)
 
     trainer_of(tmp_path, tiny.model(), CoToCallback(plan()), Grads(), gradient_accumulation_steps=2).train()
+
+
+def test_a_step_whose_active_units_take_no_part_in_the_loss_teaches_nothing(tmp_path: Path) -> None:
+    """The pooler of a bare encoder, adapted but not read: where it is drawn alone there is no way back to it."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(num_hidden_layers=2, **size))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query", "pooler.dense"], init_lora_weights=False))
+    units = tuple(Gates(model).modules)
+    draws = [plan(20).active(step, units) for step in range(20)]
+    assert (False, False, True) in draws and any(one[0] for one in draws)
+    spy = Spy(model)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=20),
+        data_collator=tiny.collate,
+        train_dataset=tiny.sentences(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.last_hidden_state.square().mean(),
+        callbacks=[CoToCallback(plan(20)), spy],
+    )
+    trainer.remove_callback(PrinterCallback)
+    before = tiny.weights(model)
+    trainer.train()
+    moved = {name for name, weight in tiny.weights(model).items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if "pooler" not in name}
 
 
 def test_adamw_neither_moves_nor_decays_an_inactive_adapter(tmp_path: Path) -> None:

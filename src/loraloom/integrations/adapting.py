@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
     if targets == "all-linear" and is_multimodal(model):  # of the language model, as for MokA
         targets = targets_in_text(model, targets)
     options = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
+    if unread := _unread(model, targets):
+        options["exclude_modules"] = unread
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks Transformers by an old name whether gradient checkpointing is on; not our user's concern.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -99,6 +102,16 @@ def whole(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
         with torch.no_grad():
             for parameter, value in before.items():
                 parameter.copy_(value)
+
+
+def _unread(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The targets in a bare encoder's pooler: what it makes of the last hidden state is not scored, so that no
+    gradient would come there."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    names = [name for name in layers if name.startswith("pooler.")]
+    if isinstance(targets, str):
+        return [name for name in names if targets == "all-linear" or re.fullmatch(targets, name)]
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
 def _fresh(

@@ -114,6 +114,15 @@ class CoToCallback(TrainerCallback):
 
             return training_step
 
+        def compute_loss(before: Callable[..., Any]) -> Callable[..., Any]:
+            def compute_loss(*args: Any, **kwargs: Any) -> Any:
+                found = before(*args, **kwargs)
+                if isinstance(found, tuple):
+                    return (self._begun().attached(found[0]), *found[1:])
+                return self._begun().attached(found)
+
+            return compute_loss
+
         def log(before: Callable[..., None]) -> Callable[..., None]:
             def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
                 if "loss" in logs:  # the training log; evaluation has eval_loss
@@ -122,7 +131,7 @@ class CoToCallback(TrainerCallback):
 
             return log
 
-        self._trainer.attach(training_step=step, log=log)
+        self._trainer.attach(training_step=step, compute_loss=compute_loss, log=log)
 
 
 class Extended:
@@ -205,6 +214,13 @@ class _Run:
     def open(self) -> None:
         self.block.close()
         self.gates.open()
+
+    def attached(self, loss: Tensor) -> Tensor:
+        """The loss, with a path back where no unit that is on takes part in it, as a pooler that nobody reads."""
+        if loss.requires_grad or not torch.is_grad_enabled():
+            return loss
+        on = [weights[0] for weights, some in zip(self.weights.values(), self.active, strict=True) if some and weights]
+        return loss + 0 * on[0].sum() if on else loss
 
     def report(self, grads: bool) -> dict[str, float | Tensor]:
         """The numbers of the step drawn last. Norms stay on the device: the wait for them comes with the log."""
