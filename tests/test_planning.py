@@ -338,7 +338,7 @@ def test_the_command(folders: dict[str, str], tmp_path: Path) -> None:
     file.write_text(f"model: {folders['vit']}\ntask: digits\noutput: x\ndata: {{image_size: 32}}\n")
     done = CliRunner().invoke(app, ["plan", str(file), "--world", "2", "--sharding", "zero2", "--json"])
     told = json.loads(done.stdout)
-    assert (told["world"], told["sharding"], told["units"]) == (2, "zero2", 3)  # three layers; the pooler has no adapter
+    assert (told["world"], told["sharding"], told["units"]) == (2, "zero2", 3)  # three layers, no pooler
     assert told["memory"]["peak_checkpointed"] < told["memory"]["peak"]
     shown = CliRunner().invoke(app, ["plan", str(file)])
     assert shown.exit_code == 0 and "trained weights" in shown.stdout
