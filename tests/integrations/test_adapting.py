@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from loraloom.integrations import backbones
 from loraloom.integrations.adapting import training
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.peft import from_model
@@ -91,6 +95,22 @@ def test_families_are_told_from_the_configuration(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no model folder"):
         load_backbone(str(tmp_path / "empty"))
+
+
+def test_a_model_that_is_loaded_goes_where_the_process_computes(tmp_path: Path, monkeypatch) -> None:
+    """No accelerator is at hand: one is told of, whose tensors have no content."""
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(backbones, "join", lambda: SimpleNamespace(device=torch.device("meta")))
+
+    def device() -> str:
+        model = load_backbone(str(tmp_path / "llama"), processor=object()).model
+        return "+".join({held.device.type for held in (*model.parameters(), *model.buffers())})
+
+    assert device() == "meta"
+    assert load_backbone(tiny_llama(), processor=object()).model.device.type == "cpu"  # the caller has placed it
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert device() == "cpu"  # it is taken apart from there
 
 
 def test_a_model_without_a_language_head_is_an_encoder():

@@ -388,6 +388,22 @@ def test_gradient_scores_are_what_one_step_of_sgd_makes_of_b() -> None:
         gradient_scores(sparse, batches)
 
 
+def test_gradient_scores_take_batches_to_the_model() -> None:
+    model = tiny.model().to("meta")
+    LoRI(task="x", start="keep").attach(model)
+    batch = tiny.collate(tiny.sentences()[:4])
+    seen: list[str] = []
+
+    def arrived(module: nn.Module, arguments: tuple, named: dict) -> None:
+        seen.extend(value.device.type for value in named.values())
+        raise InterruptedError  # on from here there would have to be numbers
+
+    model.register_forward_pre_hook(arrived, with_kwargs=True)
+    with pytest.raises(InterruptedError):
+        gradient_scores(model, [batch])
+    assert seen == ["meta"] * len(batch) and batch["input_ids"].device.type == "cpu"
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraloom.integrations.processes import in_parts, join
 from loraloom.models import models, resolve
 
 QUANTISED = {"int8": "torchao", "nf4": "bitsandbytes"}  # types of weights beside torch's, and who makes them
@@ -24,7 +25,7 @@ class Backbone:
     """A frozen pretrained model and what turns its inputs into tensors.
 
     Attributes:
-        model: on the CPU, in eval mode, without gradients.
+        model: in eval mode, without gradients; one that was loaded here is on the accelerator, if there is one.
         name: as the user gave it.
         family: one of FAMILIES.
         processor: a tokenizer; for multimodal models their own processor; for vision models a mapping with
@@ -85,7 +86,16 @@ def _load(source: str, family: str, dtype: str) -> nn.Module:
     if family == "multimodal":
         loader = _multimodal_class(source)
     with without_bars():
-        return loader.from_pretrained(source, **_held_as(dtype)).eval().requires_grad_(False)
+        model = loader.from_pretrained(source, **_held_as(dtype)).eval().requires_grad_(False)
+    return model if dtype in QUANTISED else model.to(_device())
+
+
+def _device() -> torch.device:
+    """Where this process computes; a model that is to be taken apart (FSDP, DeepSpeed) is placed by who does that."""
+    if in_parts() or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    device: torch.device = join().device
+    return device
 
 
 def _held_as(dtype: str) -> dict[str, Any]:
@@ -99,7 +109,6 @@ def _held_as(dtype: str) -> dict[str, Any]:
     package = QUANTISED[dtype]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"dtype {dtype} needs the package {package}: pip install 'loraloom[quantised]'")
-    from accelerate import PartialState
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     config: Any
@@ -114,8 +123,8 @@ def _held_as(dtype: str) -> dict[str, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    device = PartialState(cpu=not torch.accelerator.is_available()).device  # each process has a base of its own
-    return {"dtype": torch.float32, "quantization_config": config, "device_map": {"": device}}
+    # each process has a base of its own
+    return {"dtype": torch.float32, "quantization_config": config, "device_map": {"": join().device}}
 
 
 def _processor(source: str, family: str) -> Any:

@@ -280,7 +280,7 @@ def bare(model: nn.Module) -> Snapshot:
 
 
 def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
-    """A snapshot (detached clones) of an adapter of a live PeftModel: what ``save_pretrained`` and ``load`` would give.
+    """A snapshot of an adapter of a live PeftModel, in main memory: what ``save_pretrained`` and ``load`` would give.
 
     Of a model in parts (FSDP2, ZeRO 3) too: then every process calls this.
 
@@ -310,7 +310,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     with warnings.catch_warnings(), gathered(peft_model):
         warnings.simplefilter("ignore")  # PEFT announces that it saves targeted embeddings, and that it is offline
         live: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-        held = {key: whole(tensor.detach()).clone() for key, tensor in live.items()}
+        held = {key: whole(tensor.detach()).to("cpu", copy=True) for key, tensor in live.items()}
     return from_state_dict(config, held, "the live adapter")
 
 

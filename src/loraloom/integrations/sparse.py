@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -260,9 +261,9 @@ def gradient_scores(
         if not weight.is_leaf or not weight.requires_grad:
             raise ValueError(f"{name}: B is sparse or frozen; gradient scores need all of it (LoRI without a mask)")
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    seen = 0
+    seen, device = 0, next(peft_model.parameters()).device
     for batch in batches:
-        given = dict(batch)
+        given = send_to_device(dict(batch), device)
         labels = given.pop("labels") if loss is not None else None
         outputs = peft_model(**given)
         value = outputs.loss if loss is None else loss(outputs, labels)

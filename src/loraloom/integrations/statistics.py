@@ -64,7 +64,7 @@ def measure(
         options: those of ``ll.bench``.
 
     Returns:
-        By module path: in x in (an embedding: in), a vector of (out + in) r entries, or out x in.
+        By module path, in main memory: in x in (an embedding: in), a vector of (out + in) r entries, or out x in.
 
     Raises:
         UnknownName: no such kind, space, choice of labels, or module.
@@ -175,7 +175,7 @@ def _grams(made: Bench, adapter: Adapter, names: Sequence[str], examples: Sequen
     for name in names:
         width = adapter.shape(name).in_ if name in adapter.modules else None
         if name in seen.sums:
-            found[name] = seen.sums[name] / seen.rows[name]
+            found[name] = (seen.sums[name] / seen.rows[name]).cpu()
         elif width is None:
             raise ValueError(f"{name}: task {made.task.name} does not reach this module, which the adapter has not")
         else:  # not reached by this task, which then says nothing of it
@@ -202,7 +202,7 @@ def _fishers(
                     sums[name] = sums[name].add_(squared) if name in sums else squared
     entries = sum(tensor.numel() for tensor in sums.values())
     size = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in sums.values()) / entries)
-    return {name: sums[name] / size if size > 0 else sums[name] for name in names}
+    return {name: (sums[name] / size if size > 0 else sums[name]).cpu() for name in names}
 
 
 def _balanced(factors: Factors) -> Factors:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -288,18 +289,21 @@ def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
 
 
 def _time(found: Found) -> Table:
+    told: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)  # by arm and device
+    for job in found.jobs:
+        one = found.journal.get(job) or {}
+        told[job.cell.arm, str(one.get("device", "not noted"))].append(one)
     rows = []
-    for arm in found.sweep.arms:
-        told = [found.journal.get(job) or {} for job in found.jobs if job.cell.arm == arm]
-        times = [one["seconds"] for one in told if one.get("seconds") is not None]
-        rows.append(
-            (arm, len(times), round(float(np.mean(times)), 1) if times else None, sum(one["broken"] for one in told))
-        )
+    for (arm, device), ones in sorted(told.items(), key=lambda at: (list(found.sweep.arms).index(at[0][0]), at[0][1])):
+        times = [one["seconds"] for one in ones if one.get("seconds") is not None]
+        mean = round(float(np.mean(times)), 1) if times else None
+        rows.append((arm, device, len(times), mean, sum(one["broken"] for one in ones)))
     return Table(
         "Training time",
-        ("arm", "runs", "seconds a run", "jobs without finite weights"),
+        ("arm", "device", "runs", "seconds a run", "jobs without finite weights"),
         tuple(rows),
-        note="Wall time on a machine that others may have used too. Where weights are not finite, no answer is right.",
+        note="Wall time on machines that others may have used too; to be compared on one device only. Where weights "
+        "are not finite, no answer is right.",
     )
 
 
