@@ -116,6 +116,18 @@ def test_bfloat16_and_checkpointing(tmp_path: Path) -> None:
     assert any(not torch.equal(plain[name], rounded[name]) for name in plain)
 
 
+def test_operations_are_those_that_trainer_counts(tmp_path: Path, monkeypatch) -> None:
+    model = tiny.model()
+    weights, counted = model.num_parameters(exclude_embeddings=True), []
+    monkeypatch.setattr(
+        type(model.get_base_model()), "num_parameters", lambda _, **told: counted.append(told) or weights
+    )
+    done = fit(model, tiny.sentences(), collate=tiny.collate, options=options(tmp_path))
+    tokens = 5 * 4 * tiny.collate(tiny.sentences()[:1])["input_ids"].numel()
+    assert done.log_history[-1]["total_flos"] == 6 * weights * tokens
+    assert counted == [{"exclude_embeddings": True}]
+
+
 def test_gates_are_open_after_an_interrupt(tmp_path: Path) -> None:
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

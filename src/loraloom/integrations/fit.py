@@ -172,7 +172,7 @@ def fit(
         *callbacks,
         safe,
     ]  # the seal comes last: it covers what other callbacks save
-    trainer = Trainer(
+    trainer = _Trainer(
         model,
         _arguments(options),
         data_collator=collate,
@@ -198,6 +198,20 @@ def fit(
             bar.close()
     noted = None if balance is None else balance.result
     return Fit(options.steps, done, clock.seconds(), tuple(trainer.state.log_history), noted)
+
+
+class _Trainer(Trainer):
+    """HF Trainer, but for counting the model's weights anew at every step: a walk over all modules."""
+
+    _of_entry = 0  # operations for each entry of the main input, once they are known
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a step, forward and backward, by Trainer's own estimate."""
+        given = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if given is None or not given.numel():
+            return super().floating_point_ops(inputs)
+        self._of_entry = self._of_entry or super().floating_point_ops(inputs) // given.numel()
+        return self._of_entry * given.numel()
 
 
 class _Clock(TrainerCallback):
