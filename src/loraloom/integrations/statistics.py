@@ -200,9 +200,10 @@ def _fishers(
                 for name, gradient in gradients(log_p[choice], at + 1 < len(chosen)):
                     squared = gradient.square().mul_(share)
                     sums[name] = sums[name].add_(squared) if name in sums else squared
+    sums = {name: tensor.cpu() for name, tensor in sums.items()}  # Apple's have no float64
     entries = sum(tensor.numel() for tensor in sums.values())
     size = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in sums.values()) / entries)
-    return {name: (sums[name] / size if size > 0 else sums[name]).cpu() for name in names}
+    return {name: sums[name] / size if size > 0 else sums[name] for name in names}
 
 
 def _balanced(factors: Factors) -> Factors:
