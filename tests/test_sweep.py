@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from loraloom import report, sweep
 from loraloom.adapter import Adapter, Factors
-from loraloom.integrations.processes import Elsewhere
+from loraloom.integrations.processes import Elsewhere, device_name
 from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
@@ -374,7 +374,7 @@ def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_pa
     assert by["alone", 1e38]["by_seed"] == {"0": 0.0, "1": 0.0} and by["half way, delta", 1e38]["by_seed"] == {"0": 0.0}
     assert by["alone", 0.01]["chosen"] and not by["alone", 1e38]["chosen"]
     (times,) = [panel for panel in found.panels if panel.title == "Training time"]
-    assert times.rows[0][-1] == 3
+    assert times.rows[0][1:3] == (device_name(), 2) and times.rows[0][-1] == 3
 
 
 def test_a_projection_that_the_model_has_not_is_told_with_the_first_adapter(

@@ -33,6 +33,15 @@ def join() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def device_name() -> str:
+    """What this machine computes on, for people: a GPU's name, another accelerator's kind, or ``processor``."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "processor"
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints; needs no connection."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -293,8 +293,8 @@ def _time(found: Found) -> Table:
     for job in found.jobs:
         one = found.journal.get(job) or {}
         told[job.cell.arm, str(one.get("device", "not noted"))].append(one)
-    rows = []
-    for (arm, device), ones in sorted(told.items(), key=lambda at: (list(found.sweep.arms).index(at[0][0]), at[0][1])):
+    rows, order = [], list(found.sweep.arms)
+    for (arm, device), ones in sorted(told.items(), key=lambda at: (order.index(at[0][0]), at[0][1])):
         times = [one["seconds"] for one in ones if one.get("seconds") is not None]
         mean = round(float(np.mean(times)), 1) if times else None
         rows.append((arm, device, len(times), mean, sum(one["broken"] for one in ones)))

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from loraloom.adapter import Adapter
 from loraloom.checkpoint import base_weights
@@ -168,7 +167,7 @@ class Worker:
             scores[split] = "".join(str(int(one)) for one in correct)
         cell, seeds = job.cell, [one.seed for one in job.sources]
         told = {"operation": job.operation.name, "arm": cell.arm, "task": cell.task, "rate": cell.rate, "seeds": seeds}
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "processor"
+        device = edge("processes").device_name()
         return {**told, "device": device, "seconds": seconds, "broken": broken, "scores": scores}
 
     def _adapter(self, bench: Any, job: Job) -> tuple[Adapter | None, float | None, bool]:
