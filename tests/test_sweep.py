@@ -437,6 +437,14 @@ WRONG = {
     "an unknown task": ({"tasks": ["digitz"]}, "'digitz' is not known (did you mean 'digits'?)"),
     "a rate of 0": ({"rates": [0]}, "rates.0"),
     "no arms": ({"arms": {}}, "arms"),
+    "rates of an arm that are none": (
+        {"arms": {"X": {"rates": [0]}}},
+        "arms: rates of arm X must be numbers above 0, got [0]",
+    ),
+    "a rate of an arm twice": (
+        {"arms": {"X": {"rates": [1, 1]}}},
+        "arms: rates of arm X has a value twice: [1.0, 1.0]",
+    ),
     "a density of 0": ({"measure": {"prune": [{"density": 0}]}}, "measure.prune.0.density"),
     "no recipe": ({"recipe": "nowhere.yaml"}, "nowhere.yaml: no such file"),
 }
@@ -583,3 +591,138 @@ def test_where_a_gap_grows(tmp_path: Path, recipe_content: dict) -> None:  # noq
     assert table.columns[3:] == ("everywhere", "rate 0.01", "rate 0.03", "rank 2", "rank 3")
     assert table.rows == (("alone", "CoTo", "4 of 4", 0.3, 0.2, 0.4, 0.2, 0.4),)
     assert panels["alone: LoRA"].y == ("2", "3")  # what all places share is left out
+
+
+def three(tmp_path: Path, content: dict, arms: tuple[str, ...] = ("LoRA", "CoTo", "half")) -> sweep.Sweep:
+    """Three arms, one with rates of its own, on two tasks."""
+    every = {
+        "LoRA": {"strategy": {"name": "none"}},
+        "CoTo": {"strategy.name": "coto"},
+        "half": {"adapter.alpha": 8, "rates": [0.03, "1e-1"]},
+    }
+    measure = {
+        "interpolate": {"at": [0.5], "spaces": ["delta"]},
+        "tasks": [{}],
+        "coalitions": {"off": [0.5], "draws": 2},
+    }
+    chosen = {name: every[name] for name in arms}
+    tasks = ["digits", "fashion-mnist"]
+    return sweep.read(written(tmp_path, content, arms=chosen, tasks=tasks, seeds=[0, 1, 2], measure=measure))
+
+
+def scored(made: sweep.Sweep, journal: Journal) -> None:
+    """Scores that differ from job to job, by the job's key."""
+    for job in (job for part in phases(made, chooser(made, journal)) for job in part):
+        draw = np.random.default_rng(int(job.key, 16))
+        scores = {split: "".join(map(str, draw.integers(2, size=10))) for split in job.splits}
+        seconds = None if job.operation.how == "base" else 2.0
+        journal.put(job, {"scores": scores, "seconds": seconds, "broken": False, "took": 1.0})
+
+
+def test_an_arm_has_its_own_rates(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    made = three(tmp_path, recipe_content)
+    assert (made.grid("LoRA"), made.grid("half")) == ((0.01, 0.03), (0.03, 0.1))
+    assert {(cell.arm, cell.rate) for cell in cells(made)} == {
+        (arm, rate) for arm in made.arms for rate in made.grid(arm)
+    }
+    assert run_of(made, next(cell for cell in cells(made) if cell.rate == 0.1), 0).adapter.alpha == 8
+    scored(made, Journal(tmp_path / "journal"))
+    panels = {one.title: one for one in summarised(made, Journal(tmp_path / "journal"), seconds=1, processes=1).panels}
+    rates = panels["Learning rates chosen on validation"]
+    assert rates.note.startswith("Every arm chose from 0.01, 0.03, half from 0.03, 0.1, by its mean over seeds 0.")
+    assert {row[2] for row in rates.rows if row[1] == "half"} <= {0.03, 0.1}
+    assert panels["alone: half minus LoRA"].x == (0.03, 0.1)
+    assert [row[1] for row in panels["alone: half minus LoRA"].z] == [None, None]  # LoRA has no run at 0.1
+
+
+def test_arms_that_are_known_count_as_if_they_had_been_run_here(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    journal = Journal(tmp_path / "all" / "journal")
+    scored(three(tmp_path, recipe_content), journal)
+    whole = summarised(three(tmp_path, recipe_content), journal, seconds=1, processes=1)
+    elsewhere = three(tmp_path, recipe_content, ("CoTo", "LoRA"))
+    scored(elsewhere, journal)  # the frozen model is the first arm's
+    report.write(summarised(elsewhere, journal, seconds=1, processes=1), tmp_path / "elsewhere")
+    made = three(tmp_path, recipe_content)
+    known = sweep.known(made, [tmp_path / "elsewhere"])
+    assert set(known.source) == {"LoRA", "CoTo"}
+    mine = Journal(tmp_path / "mine" / "journal")
+    scored(known.own(made), mine)
+    assert 0 < len(list(mine.folder.iterdir())) < len(list(journal.folder.iterdir())) / 2
+    said: list[str] = []
+    found = sweep.run(made, tmp_path / "mine", resume=True, known=known, say=said.append)
+    assert len(said) == 3 and said[0].startswith("LoRA is read from ")  # two arms and the end: nothing was run
+    assert "LoRA read from" in found.summary
+    told = [{one.title: one for one in each.panels} for each in (whole, found)]
+    assert list(told[0]) == list(told[1])
+    for title in told[0]:
+        if title != "Against LoRA":
+            assert told[0][title] == told[1][title], title
+    gaps = [one["Against LoRA"].rows for one in told]
+    assert [row[:-2] for row in gaps[0]] == [row[:-2] for row in gaps[1]] and {row[-2:] for row in gaps[1]} == {
+        (None, None)
+    }
+
+    def ordered(one: report.Report) -> list[str]:
+        frozen = [each for each in one.records if each["measurement"] != "frozen model"]
+        return sorted(json.dumps(each, sort_keys=True) for each in frozen)
+
+    assert ordered(whole) == ordered(found)  # a page of a page tells as much
+    again = sweep.known(made, [tmp_path / "mine"])
+    every = sweep.run(made, tmp_path / "none", known=again, say=said.append)
+    assert {one.title: one for one in every.panels}["Over the tasks"] == told[0]["Over the tasks"]
+    assert every.run["jobs"] == 0 and "jobs" not in every.run["arms read from"]
+
+
+CHANGED = {
+    "other seeds": ({"seeds": [0, 1, 3]}, "seeds is [0, 1, 2] there and [0, 1, 3] in this sweep"),
+    "fewer tasks": ({"tasks": ["digits"], "measure": {}}, "tasks is ['digits', 'fashion-mnist'] there"),
+    "another limit": ({"limit": 10}, "limit is 20 there and 10 in this sweep"),
+    "another split": ({"measure": {"split": "validation"}}, "split is 'test' there and 'validation' in this sweep"),
+    "other arms": ({"arms": {"new": {}}}, "none of the arms new is there as it is in this sweep"),
+    "other rates": ({"rates": [0.01]}, "none of the arms LoRA, CoTo is there as it is in this sweep"),
+    "a measurement more": (
+        {"measure": {"prune": [{"keep": "low"}]}},
+        "'kept: low' of arm LoRA on digits is missing for seeds [0]; leave the arm to be run",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), CHANGED.values(), ids=CHANGED.keys())
+def test_what_is_known_must_fit(tmp_path: Path, recipe_content: dict, changes: dict, said: str) -> None:  # noqa: F811
+    made = three(tmp_path, recipe_content, ("LoRA", "CoTo"))
+    journal = Journal(tmp_path / "journal")
+    scored(made, journal)
+    report.write(summarised(made, journal, seconds=1, processes=1), tmp_path / "page")
+    arms = {"LoRA": {"strategy": {"name": "none"}}, "CoTo": {"strategy.name": "coto"}}
+    usual = {"arms": arms, "tasks": ["digits", "fashion-mnist"], "seeds": [0, 1, 2], "measure": {}}
+    other = sweep.read(written(tmp_path, recipe_content, **{**usual, **changes}))
+    with pytest.raises(ValueError) as caught:
+        sweep.known(other, [tmp_path / "page"])
+    assert str(caught.value).startswith(f"{tmp_path / 'page'}: ") and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda page: page["run"].pop("sweep"), "not the results of a sweep"),
+        (lambda page: page["run"]["sweep"].update(arms=[1]), "not the results of a sweep"),
+        (lambda page: page["run"]["sweep"].update(measure=3), "not the results of a sweep"),
+        (lambda page: page["records"][-1].update(by_seed={"0": 1.5}), "must be between 0 and 1, got 1.5"),
+        (lambda page: page["records"][-1].update(by_seed={"7": 0.5}), "must map seeds of [0, 1, 2] to accuracies"),
+        (lambda page: page["records"][-1].update(rate=[1]), "of arm half on fashion-mnist is missing"),
+        (lambda page: page["records"][-1].update(by_seed=[0.5]), "must map seeds of [0, 1, 2] to accuracies"),
+        (lambda page: [one.update(chosen=False) for one in page["records"]], "no chosen rate of arm LoRA on digits"),
+    ],
+)
+def test_a_page_of_others_is_not_trusted(tmp_path: Path, recipe_content: dict, change: object, said: str) -> None:  # noqa: F811
+    made = three(tmp_path, recipe_content)
+    journal = Journal(tmp_path / "journal")
+    scored(made, journal)
+    report.write(summarised(made, journal, seconds=1, processes=1), tmp_path / "page")
+    page = results(tmp_path / "page")
+    change(page)
+    (tmp_path / "page" / report.files.RESULTS).write_text(json.dumps(page))
+    with pytest.raises(ValueError) as caught:
+        sweep.known(made, [tmp_path / "page"])
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -32,6 +32,15 @@ def test_arms_follow_one_another_in_a_folder(loraloom, world):
     assert first.returncode == 0 and [line[:5] for line in first.stdout.splitlines()[:2]] == ["[1/2]", "[2/2]"]
     both = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume")
     assert both.returncode == 0 and "one" in both.stdout and len(list((world / "armed" / "adapters").iterdir())) == 2
+    read = loraloom("sweep", "arms.yaml", "-o", "read", "--known", "armed")  # nothing is left to run
+    assert (read.returncode, read.stdout.splitlines()[:2]) == (
+        0,
+        [f"{arm} is read from armed" for arm in ("one", "two")],
+    )
+    assert not (world / "read" / "adapters").exists()
+    none = loraloom("sweep", "arms.yaml", "-o", "none", "--known", "nowhere")
+    assert (none.returncode, none.stderr.count("\n")) == (2, 1) and "nowhere" in none.stderr
+    assert not (world / "none").exists()
     wrong = loraloom("sweep", "arms.yaml", "-o", "armed", "--resume", "--arms", "one,Two")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "there is no arm 'Two'; allowed: one, two" in wrong.stderr

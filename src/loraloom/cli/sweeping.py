@@ -18,9 +18,15 @@ def sweep(
     arms: Annotated[
         str, typer.Option(help="Only these arms: LoRA,CoTo. Others may follow in the same folder.", show_default=False)
     ] = "",
+    known: Annotated[
+        str,
+        typer.Option(help="Results of finished sweeps, FILE,FILE: arms in them are read, not run.", show_default=False),
+    ] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there; finished jobs are read.")] = False,
 ) -> None:
     """Run a table: train a grid of adapters, combine and prune them, score all, write one report."""
-    from loraloom.sweep import read, run
+    from loraloom import sweep
 
-    run(read(table, arms.split(",") if arms else ()), out, resume=resume, jobs=jobs, command=written())
+    asked = sweep.read(table, arms.split(",") if arms else ())
+    there = sweep.known(asked, known.split(",") if known else ())
+    sweep.run(asked, out, resume=resume, jobs=jobs, known=there, command=written())

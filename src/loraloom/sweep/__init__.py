@@ -15,18 +15,26 @@ import torch
 
 from loraloom import report
 from loraloom.integrations.processes import end_with_parent, first_of_all
+from loraloom.sweep.known import NOTHING, Known, known
 from loraloom.sweep.plan import read
 from loraloom.sweep.results import summarised
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Say, Worker
 
-__all__ = ["Sweep", "read", "run"]
+__all__ = ["Known", "Sweep", "known", "read", "run"]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(
-    sweep: Sweep, out: Path, *, resume: bool = False, jobs: int = 1, say: Say = print, command: str = ""
+    sweep: Sweep,
+    out: Path,
+    *,
+    resume: bool = False,
+    jobs: int = 1,
+    known: Known = NOTHING,
+    say: Say = print,
+    command: str = "",
 ) -> report.Report:
     """Do a sweep, or the rest of one, and write ``results.json``, ``report.html`` and ``report.md`` into ``out``.
 
@@ -39,6 +47,7 @@ def run(
         out: a folder that all processes see.
         resume: go on with what is there.
         jobs: processes on this machine, started for each rank.
+        known: arms that are not run, and their results.
         say: told one line for each finished job.
         command: the command line, for the page.
 
@@ -56,15 +65,17 @@ def run(
     rank, ranks, local = (int(os.environ.get(name, usual)) for name, usual in zip(_LAUNCHED[:3], "010", strict=True))
     first_of_all(lambda: _refuse(out, resume))
     processes = jobs * ranks
-    began = time.perf_counter()
+    for arm, source in known.source.items():
+        say(f"{arm} is read from {source}")
+    began, own = time.perf_counter(), known.own(sweep)
     others = multiprocessing.get_context("spawn")
     children = [
-        others.Process(target=_join, args=(sweep, out, jobs, processes, local * jobs + at)) for at in range(1, jobs)
+        others.Process(target=_join, args=(own, out, jobs, processes, local * jobs + at)) for at in range(1, jobs)
     ]
     for child in children:
         child.start()
     try:
-        worker = _settled(sweep, out, jobs, processes, local * jobs, say)
+        worker = _settled(own, out, jobs, processes, local * jobs, say)
         worker.complete()
     except BaseException:
         for child in children:
@@ -73,7 +84,7 @@ def run(
     finally:
         for child in children:
             child.join()
-    made = summarised(sweep, worker.journal, seconds=time.perf_counter() - began, processes=processes)
+    made = summarised(sweep, worker.journal, seconds=time.perf_counter() - began, processes=processes, known=known)
     made = report.ran(made, command)
     if rank == 0:
         report.write(made, out)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from loraloom.intervals import half_width
+from loraloom.sweep.known import NOTHING, Known, outcomes
 from loraloom.sweep.plan import Cell, Group, cells
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal, chooser, finished
@@ -52,6 +53,8 @@ def gap_of(one: Outcomes | None, other: Outcomes | None) -> tuple[float | None, 
     if one is None or other is None or not shared:
         return None
     gaps = {group: float(one[group].mean() - other[group].mean()) for group in shared}
+    if any(len(one[group]) != len(other[group]) or len(one[group]) < 2 for group in shared):
+        return rounded(*spread(gaps), None, None)  # of one of them single examples are not known
     pooled = difference(*(np.mean([each[group] for group in shared], axis=0) for each in (one, other)))
     return rounded(*spread(gaps), pooled.low, pooled.high)
 
@@ -64,23 +67,25 @@ def rounded(*values: float | None) -> tuple[float | None, ...]:
 class Found:
     """All outcomes of a finished sweep by place and operation, on the split that the sweep measures on."""
 
-    def __init__(self, sweep: Sweep, journal: Journal) -> None:
-        self.sweep, self.journal = sweep, journal
-        self.choose = chooser(sweep, journal)
-        self.jobs = finished(sweep, journal)
+    def __init__(self, sweep: Sweep, journal: Journal, known: Known = NOTHING) -> None:
+        self.sweep, self.journal, self.known = sweep, journal, known
+        own = known.own(sweep)
+        choose = chooser(own, journal)
+        self.choose = lambda cell: known.chosen[cell.place] if cell.arm in known.source else choose(cell)
+        self.jobs = finished(own, journal)
         drawn: dict[Key, dict[Group, list[np.ndarray]]] = {}  # a coalition has several draws a seed
-        self.validation: dict[Cell, list[float]] = {}
+        tuned: dict[Cell, list[float]] = {}
         for job in self.jobs:
             split = sweep.measure.split if job.operation.how == "alone" else job.splits[-1]
             outcome = journal.correct(job, split)
             drawn.setdefault((job.cell, job.operation.name), {}).setdefault(job.group, []).append(outcome)
             if job.operation.how == "alone" and job.seed in (sweep.tuned_on or sweep.seeds):
                 value = float(journal.correct(job, "validation").mean())
-                self.validation.setdefault(job.cell, []).append(value)
+                tuned.setdefault(job.cell, []).append(value)
         self.by: dict[Key, dict[Group, np.ndarray]] = {
-            key: {group: np.mean(outcomes, axis=0) for group, outcomes in groups.items()}
-            for key, groups in drawn.items()
-        }
+            key: {group: np.mean(draws, axis=0) for group, draws in groups.items()} for key, groups in drawn.items()
+        } | outcomes(known)
+        self.validation = {**known.validation, **{cell: round(float(np.mean(one)), 4) for cell, one in tuned.items()}}
 
     @property
     def chosen(self) -> list[Cell]:

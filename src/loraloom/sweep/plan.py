@@ -130,7 +130,7 @@ def _check(found: Sweep, path: Path) -> None:
     """
     kinds: dict[str, str] = {}  # with the first arm of each
     for cell in cells(found):
-        if (cell.task, cell.rate) != (found.tasks[0], found.rates[0]):
+        if (cell.task, cell.rate) != (found.tasks[0], found.grid(cell.arm)[0]):
             continue  # the same but for a name and a positive number
         try:
             kinds.setdefault(run_of(found, cell, found.seeds[0]).adapter.kind, cell.arm)
@@ -154,20 +154,40 @@ def _line(text: str) -> str:
 def cells(sweep: Sweep) -> Iterator[Cell]:
     """Every place of the table, in order."""
     values = product(*([json.dumps(one) for one in axis] for axis in sweep.axes.values()))
-    for axes, task, rate, arm in product(values, sweep.tasks, sweep.rates, sweep.arms):
-        yield Cell(arm, axes, task, rate)
+    rates = dict.fromkeys(rate for arm in sweep.arms for rate in sweep.grid(arm))
+    for axes, task, rate, arm in product(values, sweep.tasks, rates, sweep.arms):
+        if rate in sweep.grid(arm):
+            yield Cell(arm, axes, task, rate)
 
 
 def run_of(sweep: Sweep, cell: Cell, seed: int) -> Recipe:
     """The training run of a cell and a seed."""
     known = (cell, seed, str((sweep.recipe, list(sweep.axes), sweep.arms[cell.arm])))
     if known not in sweep._runs:
-        told = {key: json.dumps(value) for key, value in sweep.arms[cell.arm].items()}
+        told = {key: json.dumps(value) for key, value in sweep.arms[cell.arm].items() if key != "rates"}
         keys = {**dict(zip(sweep.axes, cell.axes, strict=True)), **told, "train.learning_rate": str(cell.rate)}
         keys |= {"seed": str(seed), "output": "runs/sweep"}
         made = read_recipe(sweep.recipe, [f"{key}={value}" for key, value in keys.items()])
         sweep._runs[known] = made.model_copy(update={"task": read_task(cell.task)})
     return sweep._runs[known]
+
+
+def where(sweep: Sweep, cell: Cell) -> dict[str, Any]:
+    """The place of a cell in words: the values of its axes, by the last part of their keys, and its task."""
+    values = [json.loads(value) for value in cell.axes]
+    told = [
+        value if isinstance(value, str | int | float) else text for value, text in zip(values, cell.axes, strict=True)
+    ]
+    return dict(zip((key.rsplit(".", 1)[-1] for key in sweep.axes), told, strict=True)) | {"task": cell.task}
+
+
+def about(sweep: Sweep) -> dict[str, Any]:
+    """What a page says of the sweep and of the recipe of all its runs."""
+    told: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
+    return {
+        "sweep": sweep.model_dump(**told, exclude={"recipe"}) | {"recipe": sweep.recipe.name},
+        "recipe": read_recipe(sweep.recipe).model_dump(**told, exclude={"task", "seed", "output"}),
+    }
 
 
 def training(cell: Cell, recipe: Recipe, limit: int | None) -> Job:
@@ -183,6 +203,8 @@ def phases(sweep: Sweep, choose: Callable[[Cell], float]) -> Iterator[list[Job]]
         choose: the learning rate chosen for the arm, axes and task of a cell; asked once the first part is done.
     """
     asked, every = sweep.measure, list(cells(sweep))
+    if not every:
+        return
 
     def made(cell: Cell, sources: Sequence[Recipe], operation: Operation, splits: tuple[str, ...]) -> Job:
         return Job(cell, tuple(sources), operation, splits, sweep.limit)
@@ -191,7 +213,8 @@ def phases(sweep: Sweep, choose: Callable[[Cell], float]) -> Iterator[list[Job]]
         return [training(cell, run_of(sweep, cell, seed), sweep.limit) for cell in chosen for seed in seeds]
 
     tuned = sweep.seeds if asked.rates == "all" or not sweep.tuned_on else sweep.tuned_on
-    frozen = [cell for cell in every if (cell.arm, cell.rate) == (next(iter(sweep.arms)), sweep.rates[0])]
+    first = next(iter(sweep.arms))
+    frozen = [cell for cell in every if (cell.arm, cell.rate) == (first, sweep.grid(first)[0])]
     yield [made(cell, [run_of(sweep, cell, tuned[0])], BASE, ("test",)) for cell in frozen] + trained(every, tuned)
     chosen = [cell for cell in every if cell.rate == choose(cell)]
     yield trained(chosen, [seed for seed in sweep.seeds if seed not in tuned])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from loraloom.recipe import read as read_recipe
 from loraloom.report import Bars, Curve, Heatmap, Panel, Report, Series, Table
 from loraloom.sweep.found import Found, gap_of, means, rounded, spread
-from loraloom.sweep.operations import operations
-from loraloom.sweep.plan import Cell, cells
+from loraloom.sweep.known import NOTHING, TIMES, Known
+from loraloom.sweep.operations import ALONE, operations
+from loraloom.sweep.plan import Cell, about, cells, where
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal
 
@@ -23,9 +22,9 @@ Place = tuple[tuple[str, ...], str]  # axes and task
 _OVER_SEEDS = "95 % interval by the jackknife (Student's where no two groups share a seed; none of too few seeds)"
 
 
-def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int) -> Report:
-    """The report of a sweep whose jobs are all done."""
-    found = Found(sweep, journal)
+def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int, known: Known = NOTHING) -> Report:
+    """The report of a sweep whose jobs are all done, but for those of arms that are known."""
+    found = Found(sweep, journal, known)
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
     optional: list[Panel | None] = []
     if len(sweep.arms) > 1:
@@ -37,41 +36,39 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     panels.append(_time(found))
     panels += [_against(found, names)] if len(sweep.arms) > 1 else []
     panels.append(_all(found, names))  # the longest ones last
-    told: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
-    about = {
-        "sweep": sweep.model_dump(**told, exclude={"recipe"}) | {"recipe": sweep.recipe.name},
-        "recipe": read_recipe(sweep.recipe).model_dump(**told, exclude={"task", "seed", "output"}),
+    told = {
+        **about(sweep),
+        **({"arms read from": dict(found.known.source)} if found.known.source else {}),
         "seconds of the last call": round(seconds, 1),
         "processes of the last call": processes,
         "jobs": len(found.jobs),
     }
-    return Report(sweep.title, _summary(found), tuple(panels), run=about, records=tuple(_records(found)))
+    return Report(sweep.title, _summary(found), tuple(panels), run=told, records=tuple(_records(found)))
 
 
 def _where(sweep: Sweep, cell: Cell) -> tuple[Any, ...]:
-    values = [json.loads(value) for value in cell.axes]
-    told = [
-        value if isinstance(value, str | int | float) else text for value, text in zip(values, cell.axes, strict=True)
-    ]
-    return (*told, cell.task)
+    return tuple(where(sweep, cell).values())
 
 
 def _columns(sweep: Sweep) -> tuple[str, ...]:
-    return (*(key.rsplit(".", 1)[-1] for key in sweep.axes), "task")
+    return tuple(where(sweep, next(cells(sweep))))
 
 
 def _rates(found: Found) -> Table:
     sweep = found.sweep
+    grids = {arm: ", ".join(f"{rate:g}" for rate in sweep.grid(arm)) for arm in sweep.arms}
+    usual = max(dict.fromkeys(grids.values()), key=list(grids.values()).count)
+    others = "".join(f", {arm} from {grid}" for arm, grid in grids.items() if grid != usual)
     rows = []
     for cell in found.chosen:
-        edge = cell.rate in (min(sweep.rates), max(sweep.rates)) and len(sweep.rates) > 1
-        mean = float(np.mean(found.validation[cell]))
-        rows.append((*_where(sweep, cell), cell.arm, cell.rate, round(mean, 4), "yes" if edge else ""))
+        grid = sweep.grid(cell.arm)
+        edge = cell.rate in (min(grid), max(grid)) and len(grid) > 1
+        rows.append((*_where(sweep, cell), cell.arm, cell.rate, found.validation[cell], "yes" if edge else ""))
     return Table(
         "Learning rates chosen on validation",
         (*_columns(sweep), "arm", "rate", "validation", "at the end of the grid"),
         tuple(rows),
-        note=f"Every arm chose from {', '.join(f'{rate:g}' for rate in sweep.rates)}, by its mean over seeds "
+        note=f"Every arm chose from {usual}{others}, by its mean over seeds "
         f"{', '.join(map(str, sweep.tuned_on or sweep.seeds))}. At an end of the grid a better rate may lie beyond.",
     )
 
@@ -106,7 +103,8 @@ def _against(found: Found, names: Sequence[str]) -> Table:
         (*_columns(found.sweep), "measurement", "arm", *told),
         tuple(rows),
         note=f"Accuracy on {found.sweep.measure.split} minus that of {reference} on the same examples and seeds, each "
-        f"arm at its own chosen rate. Over seeds: {_OVER_SEEDS}; over examples: a paired bootstrap for these seeds.",
+        f"arm at its own chosen rate. Over seeds: {_OVER_SEEDS}; over examples: a paired bootstrap for these seeds, "
+        "none for arms that are read from a page.",
     )
 
 
@@ -123,8 +121,8 @@ def _over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
             gaps = scores[:, 0] - scores[:, 1]  # tasks x groups of seeds
             over_seeds = spread(dict(zip(groups, gaps.mean(axis=0), strict=True)))
             told = (*over_seeds, *spread({(at,): gap for at, gap in enumerate(gaps.mean(axis=1))})[1:])
-            where = _where(sweep, Cell(arm, axes, "", 0.0))[:-1]
-            rows.append((*where, name, arm, *rounded(scores[:, 0].mean(), *(told if arm != reference else [None] * 5))))
+            place = _where(sweep, Cell(arm, axes, "", 0.0))[:-1]
+            rows.append((*place, name, arm, *rounded(scores[:, 0].mean(), *(told if arm != reference else [None] * 5))))
             if arm != reference and told[1] is not None:
                 bars.setdefault((axes, arm), []).append((name, rounded(*told[:3])))
     columns = (
@@ -166,7 +164,7 @@ def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
     sweep = found.sweep
     reference, *others = sweep.arms
     every = [cell for cell in cells(sweep) if cell.arm == reference]
-    settings = {f"rate {rate:g}": [cell for cell in every if cell.rate == rate] for rate in sweep.rates}
+    settings = {f"rate {rate:g}": [cell for cell in every if cell.rate == rate] for rate in sweep.grid(reference)}
     for at, key in enumerate(sweep.axes):
         for value in dict.fromkeys(cell.axes[at] for cell in every):
             settings[f"{key.rsplit('.', 1)[-1]} {value}"] = [cell for cell in every if cell.axes[at] == value]
@@ -265,8 +263,6 @@ def _densities(found: Found) -> Iterator[Panel]:
 def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
     """Where every rate was measured: accuracy by rate, alone and after each operation, and gaps to the first arm."""
     sweep = found.sweep
-    if len(sweep.rates) < 2:
-        return
     places = list(dict.fromkeys((cell.axes, cell.task) for cell in found.validation))
     told = [(*axes, task) for axes, task in places]
     differ = [at for at, values in enumerate(zip(*told, strict=True)) if len(set(values)) > 1] or [-1]
@@ -283,9 +279,11 @@ def _maps(found: Found, names: Sequence[str]) -> Iterator[Panel]:
 
     for name in names if sweep.measure.rates == "all" else ["alone"]:
         for arm in sweep.arms:
-            title, value = (f"{name}: {arm}", mean) if arm == first else (f"{name}: {arm} minus {first}", gap)
-            z = tuple(tuple(value(name, arm, place, rate) for rate in sweep.rates) for place in places)
-            yield Heatmap(title, "learning rate", "place", sweep.rates, labels, z)
+            by_itself = arm == first or not {*sweep.grid(arm)} & {*sweep.grid(first)}
+            title, value = (f"{name}: {arm}", mean) if by_itself else (f"{name}: {arm} minus {first}", gap)
+            z = tuple(tuple(value(name, arm, place, rate) for rate in sweep.grid(arm)) for place in places)
+            if len(sweep.grid(arm)) > 1:
+                yield Heatmap(title, "learning rate", "place", sweep.grid(arm), labels, z)
 
 
 def _time(found: Found) -> Table:
@@ -293,15 +291,14 @@ def _time(found: Found) -> Table:
     for job in found.jobs:
         one = found.journal.get(job) or {}
         told[job.cell.arm, str(one.get("device", "not noted"))].append(one)
-    rows, order = [], list(found.sweep.arms)
-    for (arm, device), ones in sorted(told.items(), key=lambda at: (order.index(at[0][0]), at[0][1])):
+    rows, order = list(found.known.times), list(found.sweep.arms)
+    for (arm, device), ones in told.items():
         times = [one["seconds"] for one in ones if one.get("seconds") is not None]
         mean = round(float(np.mean(times)), 1) if times else None
         rows.append((arm, device, len(times), mean, sum(one["broken"] for one in ones)))
     return Table(
-        "Training time",
-        ("arm", "device", "runs", "seconds a run", "jobs without finite weights"),
-        tuple(rows),
+        *TIMES,
+        tuple(sorted(rows, key=lambda row: (order.index(str(row[0])), str(row[1])))),
         note="Wall time on machines that others may have used too; to be compared on one device only. Where weights "
         "are not finite, no answer is right.",
     )
@@ -310,7 +307,8 @@ def _time(found: Found) -> Table:
 def _summary(found: Found) -> str:
     """What came out, in words that follow from the numbers alone."""
     sweep, reference = found.sweep, next(iter(found.sweep.arms))
-    text = f"{len(found.jobs)} jobs; {len(sweep.seeds)} seeds; learning rate of each arm chosen on validation."
+    read = "".join(f"; {arm} read from {source}" for arm, source in found.known.source.items())
+    text = f"{len(found.jobs)} jobs{read}; {len(sweep.seeds)} seeds; learning rate of each arm chosen on validation."
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
     for arm in list(sweep.arms)[1:]:
         cells = [cell for cell in found.chosen if cell.arm == arm]
@@ -327,14 +325,17 @@ def _summary(found: Found) -> str:
 
 def _records(found: Found) -> Iterator[dict[str, Any]]:
     for (cell, name), outcomes in found.by.items():
-        where = dict(zip(_columns(found.sweep), _where(found.sweep, cell), strict=True))
+        if cell.arm in found.known.source:
+            continue
         values = {str(group[0]): value for group, value in means(outcomes).items()}
         yield {
-            **where,
+            **where(found.sweep, cell),
             "arm": cell.arm,
             "rate": cell.rate,
             "measurement": name,
             "examples": len(next(iter(outcomes.values()))),
             "by_seed": values,
             "chosen": cell.rate == found.choose(cell),
+            **({"validation": found.validation[cell]} if name == ALONE.name else {}),
         }
+    yield from map(dict, found.known.records)

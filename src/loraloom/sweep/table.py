@@ -17,12 +17,23 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loraloom.recipe import Recipe
+from loraloom.untrusted import short
 
 MOST_RUNS, MOST_JOBS = 100_000, 1_000_000
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -86,7 +97,8 @@ class Sweep(_Strict):
 
     Attributes:
         recipe: of all runs; a path from the folder of the sweep's file.
-        arms: a name, and the keys that the arm sets in the recipe (``section.key: value``).
+        arms: a name, and the keys that the arm sets in the recipe (``section.key: value``); ``rates`` are the arm's own
+            learning rates, where a method needs others.
         tasks: names or files that describe a data set; by default the recipe's own.
         seeds: of every run.
         rates: the learning rates; every arm has its own choice among them, by its mean accuracy on validation.
@@ -102,7 +114,7 @@ class Sweep(_Strict):
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     tasks: tuple[str, ...] = ()
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    rates: Rates
     tuned_on: tuple[Seed, ...] = ()
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     limit: Count | None = None
@@ -116,6 +128,24 @@ class Sweep(_Strict):
         if not isinstance(value, list | tuple):
             return () if value is None else value
         return tuple(float(one) if isinstance(one, str) and _is_number(one) else one for one in value)
+
+    def grid(self, arm: str) -> tuple[float, ...]:
+        """The learning rates that an arm chooses from."""
+        return tuple(self.arms[arm].get("rates", self.rates))
+
+    @field_validator("arms")
+    @classmethod
+    def _own_rates(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for arm, keys in arms.items():
+            if "rates" not in keys:
+                continue
+            try:
+                keys["rates"] = [*TypeAdapter(Rates).validate_python(keys["rates"])]
+            except ValidationError:
+                raise ValueError(f"rates of arm {arm} must be numbers above 0, got {short(keys['rates'])}") from None
+            if len(set(keys["rates"])) != len(keys["rates"]):
+                raise ValueError(f"rates of arm {arm} has a value twice: {keys['rates']}")
+        return arms
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -134,8 +164,9 @@ class Sweep(_Strict):
         return self
 
     def _check_size(self) -> None:
-        parts = (self.arms, self.rates, self.seeds, self.tasks or (None,), *self.axes.values())
-        runs, asked = prod(map(len, parts)), self.measure
+        trained = sum(len(self.grid(arm)) for arm in self.arms)
+        parts = (self.seeds, self.tasks or (None,), *self.axes.values())
+        runs, asked = trained * prod(map(len, parts)), self.measure
         if runs > MOST_RUNS:
             raise ValueError(f"arms, rates, seeds, tasks and axes make {runs} runs; at most {MOST_RUNS} are allowed")
         points = len(asked.interpolate.at) * len(asked.interpolate.spaces) if asked.interpolate else 0

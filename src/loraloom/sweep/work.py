@@ -128,7 +128,7 @@ class Worker:
         self.journal = Journal(folder / "journal")
         self._benches: dict[Any, Any] = {}
         self._named: list[Job] = []  # all jobs that can be named so far
-        self._all = Counter(_kind(job) for jobs in phases(sweep, lambda cell: sweep.rates[0]) for job in jobs)
+        self._all = Counter(_kind(job) for jobs in phases(sweep, lambda cell: sweep.grid(cell.arm)[0]) for job in jobs)
 
     def complete(self) -> None:
         """Work until every job of the sweep is done, here or elsewhere."""
