@@ -352,6 +352,7 @@ def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dic
         right = 5 + ahead[job.cell.task, job.seed] * (job.cell.arm == "CoTo")
         scores = dict.fromkeys(job.splits, "1" * right + "0" * (10 - right))
         where = {"device": "H100"} if job.seed else {}  # entries of earlier versions do not say
+        where |= {"device": "elsewhere"} if job.operation.how == "base" else {}  # no run was made there
         seconds = None if job.operation.how == "base" else 1.0 + job.seed
         journal.put(job, {"scores": scores, "seconds": seconds, "broken": False, "took": 1.0, **where})
     panels = {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}

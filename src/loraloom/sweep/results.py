@@ -294,8 +294,9 @@ def _time(found: Found) -> Table:
     rows, order = list(found.known.times), list(found.sweep.arms)
     for (arm, device), ones in told.items():
         times = [one["seconds"] for one in ones if one.get("seconds") is not None]
-        mean = round(float(np.mean(times)), 1) if times else None
-        rows.append((arm, device, len(times), mean, sum(one["broken"] for one in ones)))
+        mean, broken = round(float(np.mean(times)), 1) if times else None, sum(one["broken"] for one in ones)
+        if times or broken:  # else the device only scored
+            rows.append((arm, device, len(times), mean, broken))
     return Table(
         *TIMES,
         tuple(sorted(rows, key=lambda row: (order.index(str(row[0])), str(row[1])))),
