@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from loraloom.report import Curve, Heatmap, Report, Series, Table, page, write
+from loraloom.report import Bars, Curve, Heatmap, Report, Series, Table, page, write
 from loraloom.report.drawing import Drawing, width
 from loraloom.report.figures import figure, figures, write_figures
 from loraloom.report.labels import shortened
@@ -44,6 +44,17 @@ def test_text_of_others_is_text():
             *("svg", "title", "rect", "polyline", "polygon", "text")
         }
         assert EVIL in "".join(root.itertext())
+
+
+def test_odd_values_and_names_are_drawn():
+    nothing = Bars("all 0", "y", ("a",), (Series("s\x00\x1b", ("a",), (0.0,), (0.0,), (0.0,)),))
+    for panel in (
+        nothing,
+        Bars("empty", "y", (), (Series("s", (), ()),)),
+        Heatmap("h", "x", "y", (1,), (1,), ((5e-324,),)),
+    ):
+        ET.fromstring(figure(panel).svg())
+        assert figure(panel).png()
 
 
 def test_pictures_are_the_same_bytes_and_have_the_size_of_print(tmp_path):
@@ -84,6 +95,8 @@ def test_a_table_is_no_figure_and_markdown_shows_the_others(tmp_path):
     text = out.read_text(encoding="utf-8")
     assert "](../figures/figure-1-interpolation-between-two-seeds.svg)" in text
     assert text.count("![") == 1
+    odd = page([tmp_path / "run"], tmp_path / "odd.md", figures=tmp_path / "my figures (1)")
+    assert "](my%20figures%20%281%29/figure-1-interpolation-between-two-seeds.svg)" in odd.read_text()
     with pytest.raises(FileExistsError, match=r"figures is there already; --overwrite"):
         page([tmp_path / "run"], tmp_path / "pages" / "s.md", figures=tmp_path / "figures")
     with pytest.raises(ValueError, match=r"r\.pdf: a page ends in \.html or \.md"):
@@ -165,4 +178,6 @@ def test_ticks_are_round_and_inside():
         found = ticks(low, high)
         assert all(low - 1e-12 <= place <= high + 1e-12 for place in found)
         assert 1 <= len(found) <= 12
+    for low, high in ((-1.7e308, 1.7e308), (0.0, 5e-324)):  # the ends of what floats can hold
+        assert ticks(low, high) == [low, high]
     assert span([-0.5, 2.0]) == (-2.0, 2.0, True)

@@ -116,6 +116,16 @@ def test_what_another_program_wrote_is_left_out_where_it_is_of_another_type(reco
     assert done.exit_code == 0, done.output
 
 
+def test_what_is_not_finite_is_left_out_and_rows_of_nothing_are_refused(tmp_path):
+    log = [{"step": 1, "loss": 1.0, "grad_norm": float("nan")}, {"step": 2, "loss": 0.5, "grad_norm": 1.0}]
+    (tmp_path / "loraloom.json").write_text(json.dumps({"operation": "train", "record": {"log": log}}))
+    found = read([tmp_path])
+    assert found.records[0]["record"]["log"][0]["grad_norm"] is None and "went from 1 to 0.5" in found.summary
+    (tmp_path / "rows.json").write_text(json.dumps([{"note": "x" * 200}]))
+    with pytest.raises(ValueError, match=r"rows\.json: no row has a value that a table can show"):
+        read([tmp_path / "rows.json"])
+
+
 def test_intervals_are_of_what_their_note_says():
     """Those of a sweep are over seeds, those of draws over draws: the glossary must not say test examples."""
     meaning = dict(words_of(["95 % intervals"]))["95 % interval"]

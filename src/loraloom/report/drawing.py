@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ def _font(size: float) -> Any:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
+
+
+def _xml(text: str) -> str:
+    """Text for SVG: escaped, without the characters that XML does not know."""
+    return escape(re.sub("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\ud800-\\udfff\\ufffe\\uffff]", "", text))
 
 
 def width(text: str, size: float) -> float:
@@ -122,7 +128,7 @@ class Drawing:
         """The drawing as an SVG document, whose title says what it shows."""
         size = f'width="{self.width:g}" height="{self.height:g}" viewBox="0 0 {self.width:g} {self.height:g}"'
         parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="{FAMILY}">']
-        parts += [f"<title>{escape(self.title)}</title>", f'<rect width="100%" height="100%" fill="{self.paper}"/>']
+        parts += [f"<title>{_xml(self.title)}</title>", f'<rect width="100%" height="100%" fill="{self.paper}"/>']
         return "\n".join([*parts, *map(_svg, self.shapes), "</svg>"]) + "\n"
 
     def png(self, scale: int = 3) -> bytes:
@@ -171,7 +177,7 @@ def _svg(shape: Shape) -> str:
     (x, y) = shape.points[0]
     turn = f' transform="rotate(-90 {_number(x)} {_number(y)})"' if shape.turned else ""
     place = f'x="{_number(x)}" y="{_number(y)}" dy="0.35em" text-anchor="{shape.anchor}"'
-    return f'<text {place} font-size="{shape.size:g}" fill="{shape.fill}"{turn}>{escape(shape.text)}</text>'
+    return f'<text {place} font-size="{shape.size:g}" fill="{shape.fill}"{turn}>{_xml(shape.text)}</text>'
 
 
 def _paint(sheet: Any, shape: Shape, fine: int) -> None:

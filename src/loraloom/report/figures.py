@@ -250,7 +250,7 @@ def _bars(panel: Bars, groups: Sequence[str]) -> Drawing:
     values = [0.0, *(v for one in panel.series for v in (*one.y, *(one.low or ()), *(one.high or ())))]
     low, high = min(values), max(values)
     room = 0.05 * (high - low) or 1.0
-    y_ends = (low - room if low < 0 else 0.0, high + room if high > 0 else 0.0)
+    y_ends = (low - room if low < 0 else 0.0, high + room if high > 0 or low == high else 0.0)
     y_ticks = ticks(*y_ends)
     labels = numbers(y_ticks)
     count = len(panel.categories)
@@ -259,7 +259,7 @@ def _bars(panel: Bars, groups: Sequence[str]) -> Drawing:
     frame = _frame(sheet, top, (-0.5, count - 0.5), y_ends, labels, below - 8)
     _y_axis(sheet, frame, y_ticks, labels, panel.y_label)
     _x_axis(sheet, frame, list(map(float, range(count))), names, "")
-    wide = (frame.right - frame.left) / count * 0.76 / len(panel.series)
+    wide = (frame.right - frame.left) / max(1, count) * 0.76 / len(panel.series)
     for index, one in enumerate(panel.series):
         for at, (name, value) in enumerate(zip(one.x, one.y, strict=True)):
             middle = frame.x(panel.categories.index(str(name))) + (index - (len(panel.series) - 1) / 2) * wide

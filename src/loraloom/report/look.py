@@ -6,6 +6,7 @@ Marker, dash and hatch say the same as colour, so that nothing is told by colour
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 LIGHT: dict[str, Any] = {
@@ -109,7 +110,9 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """
     if not high > low:
         return [low]
-    rough = (high - low) / max(1, about)
+    rough = high / max(1, about) - low / max(1, about)
+    if not sys.float_info.min < rough < sys.float_info.max / 10:
+        return [low, high]  # at the ends of what floats can hold
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from loraloom.report.grid import flat, grid, spelled
 from loraloom.report.panels import Cell, Table
@@ -43,7 +44,7 @@ def markdown(report: Report, figures: Sequence[str] = ()) -> str:
     for panel in report.panels:
         parts.append(f"## {escape(panel.title)}")
         if not isinstance(panel, Table) and (image := next(images, "")):
-            parts.append(f"![{escape(panel.title)}]({image})")
+            parts.append(f"![{escape(panel.title)}]({quote(image)})")
         if panel.note:
             parts.append(escape(panel.note))
         parts.append(_table(*grid(panel)))

@@ -70,6 +70,7 @@ def _is_rows(content: Any) -> bool:
 
 
 def _of_record(told: Mapping[str, Any], name: str) -> Report:
+    told = _finite(told)
     operation, record = str(told["operation"]), _map(told.get("record"))
     command = _command(told)
     log, inputs = _maps(record.get("log")), _maps(told.get("inputs"))
@@ -86,6 +87,15 @@ def _of_record(told: Mapping[str, Any], name: str) -> Report:
     if (error := total(record)) is not None:
         said.append(f"Over all modules that were cut, the result is {100 * error:.2g} % off what was asked for.")
     return Report(f"{name}: {operation}", " ".join(said), tuple(panels), run=run, records=(dict(told),))
+
+
+def _finite(value: Any) -> Any:
+    """None for numbers that are not finite, at any depth: a log has them where training stumbled, JSON does not."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by(told: Mapping[str, Any]) -> str:
@@ -146,6 +156,8 @@ def _of_rows(rows: Sequence[Mapping[str, Any]], name: str) -> Report:
     """A table of what is plain; scores with intervals are bars too."""
     told = [{key: value for key, value in flat(dict(row)) if _short(value)} for row in rows]
     columns = tuple(dict.fromkeys(key for row in told for key in row))
+    if not columns:
+        raise ValueError("no row has a value that a table can show: text of at most 120 characters or a finite number")
     cells = tuple(tuple(row.get(key) for key in columns) for row in told)
     panels: list[Panel] = [Table(name, columns, cells)]
     if all({"task", "value", "low", "high"} <= set(row) for row in told):

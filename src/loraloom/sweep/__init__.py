@@ -62,20 +62,22 @@ def run(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    rank, ranks, local = (int(os.environ.get(name, usual)) for name, usual in zip(_LAUNCHED[:3], "010", strict=True))
+    told = zip(_LAUNCHED[:4], "0101", strict=True)
+    rank, ranks, local, beside = (int(os.environ.get(name, usual)) for name, usual in told)
     first_of_all(lambda: _refuse(out, resume))
     processes = jobs * ranks
-    for arm, source in known.source.items():
-        say(f"{arm} is read from {source}")
+    for line in known.said:
+        say(line)
     began, own = time.perf_counter(), known.own(sweep)
     others = multiprocessing.get_context("spawn")
     children = [
-        others.Process(target=_join, args=(own, out, jobs, processes, local * jobs + at)) for at in range(1, jobs)
+        others.Process(target=_join, args=(own, out, jobs * beside, processes, local * jobs + at))
+        for at in range(1, jobs)
     ]
     for child in children:
         child.start()
     try:
-        worker = _settled(own, out, jobs, processes, local * jobs, say)
+        worker = _settled(own, out, jobs * beside, processes, local * jobs, say)
         worker.complete()
     except BaseException:
         for child in children:
@@ -97,22 +99,22 @@ def _refuse(out: Path, resume: bool) -> None:
         raise FileExistsError(f"{out} exists; go on with --resume, or choose another folder")
 
 
-def _settled(sweep: Sweep, out: Path, jobs: int, processes: int, place: int, say: Say | None) -> Worker:
-    """A worker of this process, which from now on is one by itself: its own device, no ranks."""
+def _settled(sweep: Sweep, out: Path, here: int, processes: int, place: int, say: Say | None) -> Worker:
+    """A worker of this process, one of ``here`` on this machine: from now on by itself, its own device, no ranks."""
     for name in list(os.environ):
         if name in _LAUNCHED or name.startswith(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "TORCHELASTIC_")):
             del os.environ[name]
     if devices := torch.cuda.device_count():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
         os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[place % devices]
-    torch.set_num_threads(sweep.threads or max(1, (os.cpu_count() or 1) // jobs))
+    torch.set_num_threads(sweep.threads or max(1, (os.cpu_count() or 1) // here))
     return Worker(sweep, out, processes=processes, say=say)
 
 
-def _join(sweep: Sweep, out: Path, jobs: int, processes: int, place: int) -> None:
+def _join(sweep: Sweep, out: Path, here: int, processes: int, place: int) -> None:
     """What a further process does; an error is met, and told, by the first one too, which takes the job over."""
     end_with_parent()
     try:
-        _settled(sweep, out, jobs, processes, place, None).complete()
+        _settled(sweep, out, here, processes, place, None).complete()
     except (ValueError, OSError, KeyboardInterrupt):
         raise SystemExit(2) from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from loraloom.intervals import half_width
-from loraloom.sweep.known import NOTHING, Known, outcomes
+from loraloom.sweep.known import NOTHING, Known
 from loraloom.sweep.plan import Cell, Group, cells
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal, chooser, finished
@@ -21,7 +21,8 @@ def spread(values: Mapping[Group, float], level: float = 0.95) -> tuple[float, f
     """Mean over groups of seeds and its interval over seeds, by the jackknife that leaves out one seed after another.
 
     A seed is left out with all its groups, so groups that share seeds do not pass for independent ones. Of groups of
-    one seed it is Student's interval. There is none where leaving a seed out leaves nothing.
+    one seed it is Student's interval. There is none where leaving a seed out leaves nothing, or changes nothing: values
+    that are equal, as accuracies of few examples may be, do not say how they vary.
 
     Source:
         Efron and Stein 1981, The jackknife estimate of variance.
@@ -38,6 +39,8 @@ def spread(values: Mapping[Group, float], level: float = 0.95) -> tuple[float, f
     if not all(without):
         return mean, None, None
     left, count = [np.mean(some) for some in without], len(seeds)
+    if np.ptp(left) < 1e-12:
+        return mean, None, None
     half = half_width(float(np.var(left) * (count - 1)) ** 0.5, count, level)
     return mean, mean - half, mean + half
 
@@ -84,7 +87,7 @@ class Found:
                 tuned.setdefault(job.cell, []).append(value)
         self.by: dict[Key, dict[Group, np.ndarray]] = {
             key: {group: np.mean(draws, axis=0) for group, draws in groups.items()} for key, groups in drawn.items()
-        } | outcomes(known)
+        } | known.outcomes()
         self.validation = {**known.validation, **{cell: round(float(np.mean(one)), 4) for cell, one in tuned.items()}}
 
     @property

@@ -173,12 +173,20 @@ def run_of(sweep: Sweep, cell: Cell, seed: int) -> Recipe:
 
 
 def where(sweep: Sweep, cell: Cell) -> dict[str, Any]:
-    """The place of a cell in words: the values of its axes, by the last part of their keys, and its task."""
-    values = [json.loads(value) for value in cell.axes]
-    told = [
-        value if isinstance(value, str | int | float) else text for value, text in zip(values, cell.axes, strict=True)
-    ]
-    return dict(zip((key.rsplit(".", 1)[-1] for key in sweep.axes), told, strict=True)) | {"task": cell.task}
+    """The place of a cell in words: the values of its axes and its task."""
+    told = {}
+    for key, text in zip(sweep.axes, cell.axes, strict=True):
+        value = json.loads(text)
+        plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+        told[column(sweep, key)] = value if plain else text
+    return told | {"task": cell.task}
+
+
+def column(sweep: Sweep, axis: str) -> str:
+    """What tables call an axis: the last part of its key, or all of it where that is another one's too."""
+    last = axis.rsplit(".", 1)[-1]
+    taken = ["task", "arm", "rate", "measurement", *(key.rsplit(".", 1)[-1] for key in sweep.axes if key != axis)]
+    return axis if last in taken else last
 
 
 def about(sweep: Sweep) -> dict[str, Any]:
@@ -193,6 +201,11 @@ def about(sweep: Sweep) -> dict[str, Any]:
 def training(cell: Cell, recipe: Recipe, limit: int | None) -> Job:
     """The job that trains an adapter."""
     return Job(cell, (recipe,), ALONE, ("validation", "test"), limit)
+
+
+def everywhere(sweep: Sweep, operation: Operation) -> bool:
+    """Whether an operation is done with all seeds at every rate, not at the chosen ones alone."""
+    return sweep.measure.rates == "all" and operation.how != "tasks"
 
 
 def phases(sweep: Sweep, choose: Callable[[Cell], float]) -> Iterator[list[Job]]:
@@ -222,7 +235,7 @@ def phases(sweep: Sweep, choose: Callable[[Cell], float]) -> Iterator[list[Job]]
     measured: list[Job] = []
     for operation in operations(sweep):
         several = operation.how == "tasks"
-        for cell in chosen if several or asked.rates == "chosen" else every:
+        for cell in every if everywhere(sweep, operation) else chosen:
             for seeds in groups(sweep, operation):
                 runs = [run_of(sweep, cell, seed) for seed in seeds]
                 if several:

@@ -14,12 +14,15 @@ from loraloom.report import Bars, Curve, Heatmap, Panel, Report, Series, Table
 from loraloom.sweep.found import Found, gap_of, means, rounded, spread
 from loraloom.sweep.known import NOTHING, TIMES, Known
 from loraloom.sweep.operations import ALONE, operations
-from loraloom.sweep.plan import Cell, about, cells, where
+from loraloom.sweep.plan import Cell, about, cells, column, where
 from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal
 
 Place = tuple[tuple[str, ...], str]  # axes and task
-_OVER_SEEDS = "95 % interval by the jackknife (Student's where no two groups share a seed; none of too few seeds)"
+_OVER_SEEDS = (
+    "95 % interval by the jackknife (Student's where no two groups share a seed; none of too few seeds, or where all "
+    "are equal)"
+)
 
 
 def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int, known: Known = NOTHING) -> Report:
@@ -167,7 +170,7 @@ def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
     settings = {f"rate {rate:g}": [cell for cell in every if cell.rate == rate] for rate in sweep.grid(reference)}
     for at, key in enumerate(sweep.axes):
         for value in dict.fromkeys(cell.axes[at] for cell in every):
-            settings[f"{key.rsplit('.', 1)[-1]} {value}"] = [cell for cell in every if cell.axes[at] == value]
+            settings[f"{column(sweep, key)} {value}"] = [cell for cell in every if cell.axes[at] == value]
     settings = {name: there for name, there in settings.items() if len(there) < len(every)}
     if sweep.measure.rates != "all" or not settings:
         return None
@@ -249,8 +252,9 @@ def _densities(found: Found) -> Iterator[Panel]:
             places = [found.at(arm, axes, task) for task in found.sweep.tasks]
             scores = [[means(found.by[place, name]) for place in places] for name in kept.values()]
             ends = [spread({seed: float(np.mean([one[seed] for one in each])) for seed in each[0]}) for each in scores]
-            values, low, high = zip(*(rounded(*each) for each in ends), strict=True)
-            series.append(Series(arm, tuple(kept), values, low, high))
+            values, *around = zip(*(rounded(*each) for each in ends), strict=True)
+            told = [None, None] if any(None in one for one in around) else around
+            series.append(Series(arm, tuple(kept), values, *told))
         yield Curve(
             ": ".join(["Entries kept", *([", ".join(axes)] if axes else [])]),
             "share of the factors' entries kept, by magnitude",
@@ -316,6 +320,8 @@ def _summary(found: Found) -> str:
         gaps = [gap_of(found.by.get((c, name)), found.by.get((found.first(c), name))) for c in cells for name in names]
         ends = [(gap[1], gap[2]) for gap in gaps if gap is not None]
         told = [(low, high) for low, high in ends if low is not None and high is not None]
+        if not told:
+            continue
         better, worse = sum(low > 0 for low, _ in told), sum(high < 0 for _, high in told)
         text += (
             f" Of {len(told)} measurements on several seeds {arm} is better than {reference} beyond the interval over "

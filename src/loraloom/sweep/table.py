@@ -31,6 +31,8 @@ from pydantic import (
 from loraloom.recipe import Recipe
 from loraloom.untrusted import short
 
+# What a sweep sets in every recipe, and what it sets it by.
+_SET = {"train.learning_rate": "rates", "seed": "seeds", "task": "tasks", "output": "--out"}
 MOST_RUNS, MOST_JOBS = 100_000, 1_000_000
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rates = Annotated[tuple[Rate, ...], Field(min_length=1)]
@@ -45,8 +47,15 @@ class _Strict(BaseModel):
 class Points(_Strict):
     """Points between the adapters of two seeds."""
 
-    at: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.5,)
-    spaces: tuple[Literal["factors", "delta"], ...] = ("factors", "delta")
+    at: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0.5,)
+    spaces: Annotated[tuple[Literal["factors", "delta"], ...], Field(min_length=1)] = ("factors", "delta")
+
+    @field_validator("at", "spaces")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"has a value twice: {list(values)}")
+        return values
 
 
 class Tasks(_Strict):
@@ -158,10 +167,26 @@ class Sweep(_Strict):
         most = max([2 * bool(self.measure.interpolate), *(len(one.weights) for one in self.measure.merge)])
         if most > len(self.seeds):
             raise ValueError(f"measure needs {most} seeds for what it combines; there are {len(self.seeds)}")
+        self._check_keys()
         self._check_size()
         if self.measure.tasks and len(self.tasks) < 2:
             raise ValueError("measure.tasks merges the adapters of several tasks; tasks has fewer than two")
         return self
+
+    def _check_keys(self) -> None:
+        """Refuse keys that would be set twice, of which one would count without a word."""
+        by_axes = {name for key, values in self.axes.items() for one in values for name in _names(key, one)}
+        for where, names in {
+            "axes": by_axes,
+            **{
+                f"arm {arm}": {name for key in keys for name in _names(key, keys[key])}
+                for arm, keys in self.arms.items()
+            },
+        }.items():
+            if stray := sorted(names & _SET.keys()):
+                raise ValueError(f"{where} sets {stray[0]}, which every run is given by {_SET[stray[0]]}")
+            if where != "axes" and (twice := sorted(names & by_axes)):
+                raise ValueError(f"{where} and axes both set {twice[0]}")
 
     def _check_size(self) -> None:
         trained = sum(len(self.grid(arm)) for arm in self.arms)
@@ -174,6 +199,19 @@ class Sweep(_Strict):
         each = 1 + points + draws + len(asked.merge) + len(asked.tasks) + len(asked.prune)
         if runs * each > MOST_JOBS:
             raise ValueError(f"measure makes up to {runs * each} jobs; at most {MOST_JOBS} are allowed")
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """The keys that a value sets: its own, or those of a section.
+
+    Raises:
+        ValueError: it is no value of a recipe (YAML has dates).
+    """
+    if isinstance(value, dict):
+        return [name for part, one in value.items() for name in _names(f"{key}.{part}", one)]
+    if not isinstance(value, str | int | float | list | None):
+        raise ValueError(f"{key} must be text, a number, true, false, null, a list or a map, got {short(value)}")
+    return [key]
 
 
 def _is_number(text: str) -> bool:
