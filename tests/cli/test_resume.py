@@ -161,6 +161,29 @@ def test_an_output_that_came_while_the_model_was_read_is_not_trained_again(loral
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "came exists" in done.stderr
 
 
+def test_a_run_killed_before_it_is_saved_and_before_its_first_log_is_done(loraloom, world, monkeypatch):
+    words = (
+        "train",
+        "recipe.yaml",
+        "--set",
+        "output=early",
+        "--set",
+        "train.save_every=1",
+        "--set",
+        "train.log_every=99",
+    )
+
+    def killed(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save", killed)
+        assert loraloom(*words).returncode == 130
+    done = loraloom(*words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert weights(world / "early") and "loss" not in done.stdout
+
+
 def test_where_there_are_no_locks_a_run_goes_on_all_the_same(loraloom, world, monkeypatch):
     def none(*arguments):
         raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS says of a folder

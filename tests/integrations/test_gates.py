@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.gates import Gates, applied, set_dropout
+from loraloom.integrations.peft import attach
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
 from loraloom.strategies.sparse import LoRI
@@ -393,3 +394,66 @@ def test_what_else_is_trained_below_still_learns_through_reentrant_checkpoints()
     ids = torch.arange(12).reshape(2, 6)
     model(input_ids=ids, labels=ids).loss.backward()
     assert norm.grad is not None and norm.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("made", ["get_peft_model", "attach"])
+def test_a_base_model_in_evaluation_mode_is_trained_as_drawn(made, tmp_path):
+    """As ``from_pretrained`` gives it; what PEFT has just made or attached to be trained is in training mode."""
+    model = lora()
+    if made == "attach":
+        model.save_pretrained(tmp_path)
+        model = attach(Net().eval(), tmp_path, trainable=True)
+    else:
+        model = peft.get_peft_model(
+            Net().eval(), peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+        )
+    plan = CoTo(total_steps=100, seed=1)
+    step = next(step for step in range(20) if not all(plan.active(step, 3)))
+    with applied(plan, model, step):
+        model(torch.ones(1, WIDTH)).sum().backward()
+    layers = [model.get_submodule(f"base_model.model.layers.{at}.inner") for at in range(3)]
+    assert tuple(layer.lora_A["default"].weight.grad is not None for layer in layers) == plan.active(step, 3)
+
+
+def test_a_pass_in_evaluation_mode_that_is_differentiated_is_told():
+    model = lora().eval()
+    with applied(CoTo(total_steps=100, seed=1), model, 0):
+        assert model(torch.ones(1, WIDTH)).requires_grad  # looked at only: fine
+        with pytest.warns(UserWarning, match=r"evaluation mode is differentiated.*model\.train\(\)"):
+            model(torch.ones(1, WIDTH)).sum().backward()
+
+
+def test_layers_where_nothing_learns_have_no_gate():
+    """Of two adapters the active one, on the upper layers, is trained: each step has one of them, and a gradient."""
+    model = lora()
+    upper = peft.LoraConfig(r=2, target_modules=r"layers\.[12]\.inner", init_lora_weights=False)
+    model.add_adapter("new", upper)
+    model.set_adapter("new")
+    plan = CoTo(total_steps=100, seed=0)
+    for step in range(10):
+        with applied(plan, model, step) as gates:
+            assert gates.units == ("layers.1", "layers.2")
+            model(torch.ones(1, WIDTH)).sum().backward()
+    assert Gates(model).units == ("layers.0", "layers.1", "layers.2")  # probes switch all
+    model.requires_grad_(False)
+    assert Gates(model, trained=True).units == ("layers.0", "layers.1", "layers.2")
+
+
+def test_a_frozen_adapter_beside_the_trained_one_is_not_switched_off():
+    model = lora()
+    model.add_adapter("new", peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "new"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".new." in name)
+    plan, said = CoTo(total_steps=100, seed=0), r"'default' is active and frozen in layers\.0\.inner.*merge"
+    with pytest.raises(UnsupportedKind, match=said), applied(plan, model, 0):
+        pass
+    with applied(plan, model, 99) as gates:  # all are on: nothing is lost
+        assert all(gates.state())
+
+
+def test_a_single_unit_is_told():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(r=1, target_modules=["0"]))
+    said = r"one unit \(0\), which is always on: CoTo does nothing"
+    with pytest.warns(UserWarning, match=said), applied(CoTo(total_steps=9), model, 0):
+        pass

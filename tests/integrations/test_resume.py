@@ -196,6 +196,15 @@ def test_a_limit_of_one_never_leaves_none(tmp_path: Path) -> None:
     assert whole == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # just before each is sealed
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"] and is_whole(tmp_path / "checkpoint-4")
     assert arguments.save_total_limit == 1
+    trainer.args.save_total_limit = None  # a run that was cut off leaves it so: the same arguments keep their limit
+    keeper = next(one for one in trainer.callback_handler.callbacks if isinstance(one, SafeCheckpoints))
+    keeper.on_train_begin(arguments, None, None)
+    assert keeper._keep == 1
+    others = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    keeper.on_train_begin(others, None, None)
+    assert keeper._keep is None
+    keeper.on_train_end(others, None, None)
+    assert others.save_total_limit is None
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)

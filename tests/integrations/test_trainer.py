@@ -289,6 +289,25 @@ def test_an_exception_leaves_the_gates_open_and_no_hook(tmp_path: Path, place: s
     assert Gates(model).state() == ALL_ON and "log" not in vars(trainer)
 
 
+def test_a_callback_that_is_taken_away_after_an_exception_is_at_work_no_more(tmp_path: Path) -> None:
+    model, seen = tiny.model(), []
+    callback = CoToCallback(plan(curve="constant", start=0.3))
+    trainer = trainer_of(tmp_path, model, callback)
+    head = model.get_base_model().lm_head
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = head.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    handle.remove()
+    trainer.remove_callback(callback)
+    head.register_forward_hook(lambda *args: seen.append(Gates(model).state()))
+    trainer.train()
+    assert seen and set(seen) == {ALL_ON}
+
+
 def test_a_full_plan_is_plain_training(tmp_path: Path) -> None:
     trained = []
     for callbacks in ([], [CoToCallback(plan(ramp=0.0))]):

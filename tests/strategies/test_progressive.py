@@ -294,6 +294,14 @@ def test_units_must_be_some(units):
         CoTo(10).active(0, units)
 
 
+def test_a_step_of_numpy_is_a_step():
+    plan = CoTo(100, seed=1)
+    for step in np.arange(100):
+        assert plan.active(step, 6) == plan.active(int(step), 6)
+    with pytest.raises(TypeError):
+        plan.active(0.5, 6)
+
+
 @pytest.mark.parametrize("step", [-1, 2**63])
 def test_steps_out_of_range(step):
     with pytest.raises(ValueError, match="step must be"):

@@ -30,7 +30,8 @@ def train(
     losses = [entry[key] for key in ("train_loss", "loss") for entry in trained.log if key in entry]
     made = "model" if trained.adapter is None else "adapter"
     if edge("processes").is_first():
-        result({made: str(trained.path), "seconds": round(trained.seconds, 2), "loss": round(losses[-1], 4)}, as_json)
+        loss = {"loss": round(losses[-1], 4)} if losses else {}  # a run that ended before its first log has none
+        result({made: str(trained.path), "seconds": round(trained.seconds, 2), **loss}, as_json)
 
 
 @command("evaluate")

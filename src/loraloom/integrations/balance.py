@@ -223,7 +223,7 @@ class BalanceCallback(TrainerCallback):
             raise ValueError(f"every must be a whole number of optimizer steps, at least 1, got {every!r}")
         self.every = every
         self._meter: BalanceMeter | None = None
-        self._trainer = Extended()
+        self._trainer = Extended(self)
         self._told = -1
 
     @property

@@ -118,11 +118,13 @@ class SafeCheckpoints(TrainerCallback):
 
     def __init__(self) -> None:
         self._keep: int | None = None
+        self._args: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the rotation from the Trainer."""
-        if args.save_total_limit:
+        if args.save_total_limit or args is not self._args:  # the same again, without a limit: a run that was cut off
             self._keep, args.save_total_limit = args.save_total_limit, None
+        self._args = args
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the rotation back."""

@@ -5,6 +5,7 @@ A closed gate costs nothing in forward and leaves no gradient; ``requires_grad``
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,21 +17,20 @@ from torch.utils._pytree import tree_leaves
 
 from loraloom.adapter import UnsupportedKind
 from loraloom.integrations.adalora import heed_absence, mute, unmute
+from loraloom.integrations.layers import (
+    frozen_beside,
+    inner_model,
+    learning_weights,
+    parts_of,
+    start_that_changes_base,
+    tuner_layers,
+)
 from loraloom.integrations.routing import is_in
-from loraloom.starts import moves_base
 from loraloom.strategies import Strategy
-from loraloom.strategies.units import base_path, group
+from loraloom.strategies.units import group
 
 # Layers that are off because a gate is closed, and not because the user disabled their adapters.
 _closed: WeakSet[nn.Module] = WeakSet()
-
-# Wrappers put themselves into the path of a module; these are none of the model's own names.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-_NOT_BY_LAYER = {
-    "XLoraModel": "X-LoRA's forward re-enables all layers each time",
-    "ShadowLayer": "one shadow state passes through all of them",
-}
 
 
 class Gates:
@@ -49,6 +49,7 @@ class Gates:
     Args:
         model: a PEFT model, or any model with PEFT layers in it, wrapped (DDP, torch.compile) or not.
         unit: what is switched together (``strategies.units.group``).
+        trained: only layers in which an active adapter learns have a gate; all, where none does.
 
     Attributes:
         units: unit names in order.
@@ -60,13 +61,15 @@ class Gates:
         UnsupportedKind: the adapter's layers cannot be switched one by one, or are merged into the base.
     """
 
-    def __init__(self, model: nn.Module, unit: str = "layer") -> None:
-        self._layers = _tuner_layers(model)
+    def __init__(self, model: nn.Module, unit: str = "layer", *, trained: bool = False) -> None:
+        self._layers = tuner_layers(model)
         if not self._layers:
             raise ValueError(f"the model ({type(model).__name__}) has no PEFT layers to switch; add an adapter first")
-        parts = _parts(model)  # once: gates are made anew in each step of a plain loop
-        self.inner = _inner(model, parts)
-        self._start = _start_that_changes_base(parts)
+        learning = {name: some for name, some in self._layers.items() if trained and any(map(learning_weights, some))}
+        self._layers, self._beside = learning or self._layers, frozen_beside(learning)
+        parts = parts_of(model)  # once: gates are made anew in each step of a plain loop
+        self.inner = inner_model(model, parts)
+        self._start = start_that_changes_base(parts)
         self._refuse_merged()
         self._freed = _free_inputs(parts)
         heed_absence(parts)
@@ -81,7 +84,7 @@ class Gates:
             ValueError: not one truth value a unit.
             UnsupportedKind: a layer has been merged since, or a gate is to close on an adapter that started as a part
                 of the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA): the layer without it is another than
-                the base layer.
+                the base layer; or on a frozen adapter that is active beside the one that learns.
         """
         if len(active) != len(self.units):
             raise ValueError(f"{len(active)} values for {len(self.units)} units ({self.units[0]}, ...); give one each")
@@ -90,6 +93,11 @@ class Gates:
             raise UnsupportedKind(
                 f"{self._start} takes a part out of the base weights: without the adapter, the layer is not the base "
                 "layer; allowed are starts that keep the base (true, gaussian, eva, orthogonal)"
+            )
+        if self._beside and not all(active):
+            raise UnsupportedKind(
+                f"{self._beside}: switching the layer off would switch it off too; merge it into the base first "
+                "(merge_and_unload), or make the one that learns the only active adapter"
             )
         for unit, on in zip(self.units, active, strict=True):
             self.set_one(unit, on)
@@ -152,9 +160,7 @@ class Gates:
         found = {}
         for unit, names in self.modules.items():
             layers = [layer for name in names for layer in self._layers[name]]
-            parts = [getattr(layer, part) for layer in layers for part in layer.adapter_layer_names]
-            weights = [w for part in parts if isinstance(part, nn.Module) for w in part.parameters() if w.requires_grad]
-            found[unit] = tuple(dict.fromkeys(weights))
+            found[unit] = tuple(dict.fromkeys(weight for layer in layers for weight in learning_weights(layer)))
         return found
 
     def _dropouts(self) -> list[nn.Dropout]:
@@ -179,12 +185,14 @@ class Gates:
 def applied(plan: Strategy, model: nn.Module, step: int) -> Iterator[Gates]:
     """The model in the state that ``plan`` has for ``step`` inside, exactly as before afterwards (also when nested).
 
-    Passes that are not differentiated (evaluation, generation, a reference model) see all adapters inside, too.
+    Passes that are not differentiated (evaluation, generation, a reference model) see all adapters inside, too: those
+    without gradients, and those in evaluation mode. A model is in training mode where its base or one of its adapters
+    is; one that :func:`peft.get_peft_model` has just made is, whatever the base model's mode.
 
     Raises:
         ValueError: the model has no PEFT layers, or ``plan`` cannot be carried out on them.
     """
-    gates = Gates(model, plan.unit)
+    gates = Gates(model, plan.unit, trained=True)
     layers = [layer for some in gates._layers.values() for layer in some]
     closed = [layer in _closed for layer in layers]
     try:
@@ -204,21 +212,38 @@ def drawn(plan: Strategy, gates: Gates, step: int) -> Iterator[None]:
     The backward pass sees the draw too, whatever ran in between: checkpoints are computed again there.
     """
     inside = True
+    if len(gates.units) == 1 and plan.skips_parameters and plan.probability(step) < 1:
+        warnings.warn(
+            f"all adapters are in one unit ({gates.units[0]}), which is always on: {type(plan).__name__} does nothing; "
+            "name another unit (module, projection, a regular expression)",
+            stacklevel=2,
+        )
+
+    def trains(module: nn.Module) -> bool:
+        return module.training or any(layer.training for some in gates._layers.values() for layer in some)
 
     def before(module: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and trains(module):
             restore()
         elif any(gates.state()):  # else the adapter is switched off as a whole: a reference model, as in TRL's DPO
             gates.open()
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        hook = restore if trains(module) else missed
         for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
             if isinstance(part, Tensor) and part.requires_grad:
-                part.register_hook(restore)
+                part.register_hook(hook)
+
+    def missed(*_: Any) -> None:
+        if inside and gates.settings() != wanted:
+            warnings.warn(
+                "a pass in evaluation mode is differentiated: all adapters took part in it; call model.train() first",
+                stacklevel=2,
+            )
 
     def restore(*_: Any) -> None:
         if inside and gates.settings() != wanted:
@@ -235,29 +260,6 @@ def drawn(plan: Strategy, gates: Gates, step: int) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         gates.open()
-
-
-def _parts(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()`` in its order, several times faster: that one nests a generator for every level."""
-    found: dict[nn.Module, None] = {}
-    left = [model]
-    while left:
-        part = left.pop()
-        if part not in found:
-            found[part] = None
-            left += [child for child in reversed(part._modules.values()) if child is not None]
-    return list(found)
-
-
-def _inner(model: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:
-    """The base model of the one PEFT model in it, if there is one."""
-    from accelerate.utils import extract_model_from_parallel
-    from peft import PeftModel
-
-    adapted = [part for part in parts if isinstance(part, PeftModel)]
-    if len(adapted) == 1:
-        return adapted[0].get_base_model()
-    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
@@ -282,47 +284,6 @@ def _open(layer: Any) -> None:
         layer._disable_adapters = False
         _closed.discard(layer)
         unmute(layer)
-
-
-def _tuner_layers(model: nn.Module) -> dict[str, list[Any]]:
-    """PEFT layers by module path in the base model; those inside another one stand under the outermost."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    found: dict[str, list[Any]] = {}
-    seen: dict[nn.Module, None] = {}
-
-    def walk(module: nn.Module, parts: tuple[str, ...], owner: str | None) -> None:
-        if module in seen or isinstance(module, AuxiliaryTrainingWrapper):
-            return
-        seen[module] = None
-        why = _NOT_BY_LAYER.get(type(module).__name__)
-        if why is not None:
-            raise UnsupportedKind(f"adapters of {type(module).__name__} cannot be switched by layer: {why}")
-        if isinstance(module, BaseTunerLayer):
-            owner = owner if owner is not None else base_path(".".join(parts))
-            found.setdefault(owner, []).append(module)
-        for name, child in module.named_children():
-            walk(child, parts if name in _WRAPPERS else (*parts, name), owner)
-
-    root = model
-    while [name for name, _ in root.named_children()] == ["module"]:  # DDP and its like
-        root = root.get_submodule("module")
-    walk(root, (), None)
-    return found
-
-
-def _start_that_changes_base(parts: Sequence[nn.Module]) -> str:
-    """The option by which an adapter started so; empty if none did."""
-    for part in parts:
-        configs = vars(part).get("peft_config")
-        for config in configs.values() if isinstance(configs, dict) else ():
-            start = getattr(config, "init_lora_weights", None)
-            if moves_base(start):  # without the adapter the layer is not the base layer
-                return f"init_lora_weights={start!r}"
-            if getattr(config, "kasa_config", None) is not None:
-                return "kasa_config"
-    return ""
 
 
 def _free_inputs(parts: Sequence[nn.Module]) -> ExitStack:

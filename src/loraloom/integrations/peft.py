@@ -244,7 +244,8 @@ def attach(model: nn.Module, adapter: Adapter | str | Path, *, trainable: bool =
         trainable: its parameters and whole saved modules may be trained.
 
     Returns:
-        A ``PeftModel`` in evaluation mode. It saves, resumes in a Trainer and takes callbacks as any other.
+        A ``PeftModel`` in evaluation mode, in training mode if it is trainable. It saves, resumes in a Trainer and
+        takes callbacks as any other.
 
     Raises:
         AdapterMismatch: it does not fit the model, which then is as it was.
@@ -260,7 +261,7 @@ def attach(model: nn.Module, adapter: Adapter | str | Path, *, trainable: bool =
     held = adapter if isinstance(adapter, Adapter) else load(adapter)
     snapshot = bare(model)
     try:
-        return put_on(model, held, inference_mode=not trainable)
+        return put_on(model, held, inference_mode=not trainable).train(trainable)
     except BaseException:
         snapshot.restore()
         raise

@@ -44,7 +44,7 @@ class CoToCallback(TrainerCallback):
     def __init__(self, plan: Strategy) -> None:
         self.plan = plan
         self._run: _Run | None = None
-        self._trainer = Extended()
+        self._trainer = Extended(self)
         self._report: dict[str, float | Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,7 +142,8 @@ class Extended:
     callers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, callback: TrainerCallback) -> None:
+        self._callback = callback
         self._trainer: Trainer | None = None
         self._wrapped: dict[str, Callable] = {}
 
@@ -177,12 +178,18 @@ class Extended:
     def _extended(self, name: str, wrap: Callable[[Callable], Callable]) -> Callable:
         trainer = self._trainer
         before = getattr(trainer, name)
-        after = wrap(before)
+        after, listed = wrap(before), self._listed()
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            return (after if self._trainer is trainer else before)(*args, **kwargs)
+            at_work = self._trainer is trainer and (self._listed() or not listed)
+            return (after if at_work else before)(*args, **kwargs)
 
         return method
+
+    def _listed(self) -> bool:
+        """Whether the Trainer still has the callback: after an exception no event tells that it was taken away."""
+        callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+        return any(one is self._callback for one in callbacks)
 
     def detach(self) -> None:
         """Give the Trainer its methods back."""
@@ -198,7 +205,7 @@ class _Run:
 
     def __init__(self, plan: Strategy, model: nn.Module) -> None:
         self.plan = plan
-        self.gates = Gates(model, plan.unit)
+        self.gates = Gates(model, plan.unit, trained=True)
         self.gates.open()
         self.weights = self.gates.parameters()
         self.block = ExitStack()

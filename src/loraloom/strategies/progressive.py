@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -182,13 +183,13 @@ def draw(probabilities: Sequence[float], uniforms: Sequence[float]) -> tuple[boo
 
 def _uniforms(seed: int, step: int, count: int) -> list[float]:
     """``count`` numbers in [0, 1) of 53 bits, from (seed, step) alone; raw bits, which NumPy never changes."""
-    bits = np.random.Philox(key=seed | _STREAM << 64, counter=step << 128).random_raw(count)
+    bits = np.random.Philox(key=seed | _STREAM << 64, counter=operator.index(step) << 128).random_raw(count)
     return [float(x) for x in (bits >> np.uint64(11)) * 2.0**-53]
 
 
 def progress(step: int, total_steps: int | None, ramp: float) -> float:
     """Share of the ramp that is done, x = min(1, step / (ramp * total_steps)); 1 throughout if there is no ramp."""
-    total = check_known(total_steps)
+    total, step = check_known(total_steps), operator.index(step)
     if not 0 <= step < 2**63:
         raise ValueError(f"step must be in [0, 2**63), got {step!r}")
     if ramp == 0.0:

@@ -13,6 +13,8 @@ KINDS = ("layer", "module", "projection")
 _PREFIX = "base_model.model."
 _BLOCK = re.compile(r"(?:^|_|res)(?:blocks?|h)$")
 _STAGE = re.compile(r"^(?:stages?|levels?|down_blocks|up_blocks|\w*groups)$")
+_WHOLE = re.compile(r"^(?:|encoders|decoders|towers|models|backbones|branches)$")  # lists of models, not of layers
+_LAYERS = re.compile(r"^layers?$")
 _EXPERT = re.compile(r"^experts?$")
 _MODALITY = re.compile(r"\[(?!\d+/\d+\])[^\[\]]+\]$")  # not that of an expert, [3/8]
 _NAMED_EXPERT = re.compile(r"^experts?_\d+$")
@@ -37,7 +39,8 @@ def layer(name: str) -> str:
     innermost one whose container is called ``block``, ``blocks``, ``h`` or ends in ``_block(s)`` or ``resblocks``
     (T5's ``block.0.layer.1``, Swin's ``layers.0.blocks.1``); otherwise the first one whose container is not a mere
     stage (ConvNext's ``stages.0.layers.1``; a UNet's ``down_blocks`` and ``up_blocks`` are stages too), so that
-    experts and the parts of a Sequential belong to their layer; otherwise the first. A module without an index is a
+    experts and the parts of a Sequential belong to their layer; otherwise the first. A model in a Sequential
+    (``0.encoder.layer.3``) or a list of towers (``encoders.1.layers.3``) is no layer. A module without an index is a
     layer of its own. Where a model is laid out in another way (XLM keeps ``attentions.3`` and ``ffns.3`` apart), a
     regular expression as unit says what belongs together.
 
@@ -62,6 +65,8 @@ def layer(name: str) -> str:
         return ".".join(parts)
     no_stage = [run for run in runs if not _STAGE.match(run[0])]
     blocks = [run for run in no_stage if _BLOCK.search(run[0])]
+    while len(no_stage) > 1 and _WHOLE.match(no_stage[0][0]) and any(_LAYERS.match(name) for name, _ in no_stage[1:]):
+        no_stage = no_stage[1:]
     end = (blocks[-1:] or no_stage[:1] or runs[:1])[0][1]
     return ".".join(parts[:end])
 
