@@ -45,26 +45,35 @@ def test_the_bundled_stages_fit_together(of):
     assert second.adapter.modules_to_save == first.adapter.modules_to_save
 
 
-def test_the_llava_recipe_trains_a_tiny_llava(tmp_path):
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Changes to the LLaVA recipe that make it one of a tiny model and task."""
     import datasets
 
-    tiny_llava.folder(tmp_path / "model")
+    folder = tmp_path_factory.mktemp("llava")
+    tiny_llava.folder(folder / "model")
     rows = {"question": [f"what is {i}" for i in range(24)]}
     rows |= {"answer": [f"very {w}" for w in ("red", "blue", "dark", "no")] * 6}
     rows |= {"image": [tiny_llava.picture(i) for i in range(24)], "image_id": [str(i) for i in range(24)]}
     texts = {name: datasets.Value("string") for name in ("question", "answer", "image_id")}
     features = datasets.Features({**texts, "image": datasets.Image()})
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "data"))
-    more = [f"model={tmp_path / 'model'}", f"task.dataset={tmp_path / 'data'}", f"output={tmp_path / 'out'}"]
-    more += [
-        "train.steps=2",
-        "train.bf16=false",
-        "dtype=float32",
-        "train.accumulate=1",
-        "task.test=",
-        "task.validation=",
-    ]
-    made = train(read(FOLDER / "paper" / "vt-llava15-7b.yaml", more)).adapter
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder / "data"))
+    small = ["train.steps=2", "train.bf16=false", "dtype=float32", "train.accumulate=1"]
+    return [f"model={folder / 'model'}", f"task.dataset={folder / 'data'}", "task.test=", "task.validation=", *small]
+
+
+def test_the_llava_recipe_trains_a_tiny_llava(tmp_path, tiny):
+    made = train(read(FOLDER / "paper" / "vt-llava15-7b.yaml", [*tiny, f"output={tmp_path / 'out'}"])).adapter
     assert made.kind == "moka" and len(made.extras) == 4  # the projector's
     assert len(made.modules) == 2 * 7 * 2
     assert any(factors.B.abs().max() > 0 for factors in made.modules.values())
+
+
+def test_dropout_of_a_strategy_reaches_moka_and_its_projector_may_come_later(tmp_path, tiny):
+    recipe = FOLDER / "paper" / "vt-llava15-7b.yaml"
+    first = ["adapter.dropout=0", "adapter.modules_to_save=[]", "strategy={name: progressive-dropout, end: 0.25}"]
+    made = train(read(recipe, [*tiny, *first, f"output={tmp_path / 'first'}"])).adapter
+    assert made.config["lora_dropout"] == made.config["moka"]["dropout"] == 0.25 and not made.extras
+    second = ["adapter={modules_to_save: [multi_modal_projector]}", "moka=null", f"continue_from={tmp_path / 'first'}"]
+    again = train(read(recipe, [*tiny, *second, f"output={tmp_path / 'second'}"])).adapter
+    assert again.kind == "moka" and len(again.extras) == 4

@@ -331,6 +331,22 @@ def test_an_adapter_that_is_trained_on(folders: dict[str, str], tmp_path: Path) 
     get_peft_model(model, LoraConfig(r=3, target_modules=["v_proj"])).save_pretrained(tmp_path / "first")
     made = ll.plan(recipe_of(folders["llama"], continue_from=str(tmp_path / "first")))
     assert made.parameters.trainable == 3 * 3 * (64 + 32)
+    more = {"continue_from": str(tmp_path / "first"), "adapter": {"modules_to_save": ["lm_head"]}}
+    made = ll.plan(recipe_of(folders["llama"], **more))
+    assert made.parameters.trainable == 3 * 3 * (64 + 32) + 256 * 64
+
+
+@pytest.mark.parametrize("saved", [[], ["lm_head"]])
+def test_a_moka_adapter_that_is_trained_on_is_planned_as_a_fresh_one(
+    folders: dict[str, str], tmp_path: Path, saved: list[str]
+) -> None:
+    told = {"modalities": {"image": 1, "audio": 2}}
+    adapter = {"kind": "moka", "rank": 3, "target_modules": ["v_proj"], "modules_to_save": saved}
+    fresh = recipe_of(folders["llama"], adapter=adapter, moka=told)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folders["llama"]))
+    ll.MokA(**told, rank=3).wrap(model, ["v_proj"], modules_to_save=saved).save_pretrained(tmp_path / "first")
+    again = recipe_of(folders["llama"], continue_from=str(tmp_path / "first"), adapter={"dropout": 0.0})
+    assert ll.plan(again) == ll.plan(fresh)
 
 
 def test_the_command(folders: dict[str, str], tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ WRONG = {
     "protect without lori": ({"protect": ["x"]}, "protect goes with lori"),
     "lori on hira": ({"lori": {}, "adapter": {"kind": "hira"}}, "not hira"),
     "rank of the adapter continued": ({"continue_from": "a", "adapter": {"rank": 4}}, "adapter.rank: the adapter of"),
+    "balance of no adapter": (
+        {"adapter": {"kind": "none", "modules_to_save": ["lm_head"]}, "train": {"balance_every": 1}},
+        "adapter.kind none has no adapter for a strategy, continue_from or train.balance_every",
+    ),
+    "a warm-up without a schedule for it": (
+        {"train": {"schedule": "constant", "warmup": 0.1}},
+        "train: schedule constant has no warmup; constant_with_warmup has",
+    ),
     "a density of 0": ({"lori": {"calibrate": {"density": 0}}}, "lori.calibrate.density"),
     "a key of calibrate": (
         {"lori": {"calibrate": {"densty": 0.1}}},
@@ -79,6 +87,16 @@ def test_an_override_that_is_none(tmp_path: Path, override: str):
     file.write_text("model: m\ntask: digits\noutput: x\n")
     with pytest.raises(ValueError, match="--set"):
         recipe.read(file, [override])
+
+
+def test_a_constant_rate_has_no_warm_up_and_stays_so_when_it_is_read_again():
+    def warmup(**train):
+        made = recipe.parse({**GOOD, "train": train})
+        assert recipe.parse(made.model_dump(mode="json")) == made
+        return made.train.warmup
+
+    assert warmup(schedule="constant") == warmup(schedule="constant", warmup=0) == 0
+    assert warmup() == warmup(schedule="constant_with_warmup") == 0.06
 
 
 def test_strategies_are_the_plans_they_name():

@@ -12,6 +12,7 @@ import numpy as np
 from loraloom.masks import load_mask
 from loraloom.recipe import Recipe
 from loraloom.registry import UnknownName, edge
+from loraloom.store import load
 from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.progressive import CoTo
 
@@ -187,7 +188,7 @@ def plan(recipe: Recipe, *, world: int = 1, sharding: str = "ddp") -> Plan:
     forward = sum(trace.flops.values())
     return Plan(
         model=recipe.model,
-        kind=recipe.adapter.kind if recipe.lori is None else "lori",
+        kind=_kind(recipe),
         strategy=recipe.strategy.name,
         world=world,
         sharding=sharding,
@@ -221,6 +222,12 @@ class _Trained:
     entries: int = 0
     kept: int = 0
     share: float = 1.0
+
+
+def _kind(recipe: Recipe) -> str:
+    if recipe.lori is not None:
+        return "lori"
+    return recipe.adapter.kind if recipe.continue_from is None else load(recipe.continue_from).kind
 
 
 def _trained(recipe: Recipe, trace: Any) -> _Trained:

@@ -145,7 +145,10 @@ class LoRIRecipe(_Strict):
 
 
 class TrainRecipe(_Strict):
-    """Optimisation: AdamW; one step is one optimizer step of ``batch_size * accumulate`` examples."""
+    """Optimisation: AdamW; one step is one optimizer step of ``batch_size * accumulate`` examples.
+
+    ``warmup`` is a share of the steps; schedule ``constant`` has none.
+    """
 
     steps: Annotated[int, Field(ge=1)] = 240
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -162,6 +165,15 @@ class TrainRecipe(_Strict):
     fast: bool = True
     report_to: str = "none"
     balance_every: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("schedule") != "constant":
+            return given
+        if given.get("warmup"):
+            raise ValueError("schedule constant has no warmup; constant_with_warmup has")
+        return {"warmup": 0.0, **given}
 
 
 class DataRecipe(_Strict):
@@ -254,8 +266,9 @@ class Recipe(_Strict):
             self.moka.plan(self.adapter)
         if self.adapter.kind == "none" and not self.adapter.modules_to_save:
             raise ValueError("adapter.kind none needs adapter.modules_to_save: the modules that are trained whole")
-        if self.adapter.kind == "none" and (self.strategy.name != "none" or self.continue_from is not None):
-            raise ValueError("adapter.kind none has no adapter that a strategy or continue_from could be for")
+        of_an_adapter = (self.strategy.name != "none", self.continue_from, self.train.balance_every)
+        if self.adapter.kind == "none" and any(of_an_adapter):
+            raise ValueError("adapter.kind none has no adapter for a strategy, continue_from or train.balance_every")
         if self.protect and self.lori is None:
             raise ValueError("protect goes with lori: without it A is trained too, and nothing is protected")
         told = {"kind", "rank", "alpha", "target_modules"} & self.adapter.model_fields_set

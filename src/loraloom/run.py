@@ -80,15 +80,11 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
     if recipe.adapter.kind == "none":
         return _train_whole(bench, recipe, work=work, resume=resume, progress=progress, overwrite=overwrite)
     earlier = None if recipe.continue_from is None else load(recipe.continue_from)
-    strategy, fit = recipe.plan(), edge("fit")
-    adapter_options = recipe.adapter.model_dump()
-    adapter_options["moka"] = None if recipe.moka is None else recipe.moka.plan(recipe.adapter)
-    if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
-        adapter_options["dropout"] = strategy.probability(0)
+    strategy, fit, adapting = recipe.plan(), edge("fit"), edge("adapting")
     loss = bench.loss
 
     def attached() -> Any:
-        return edge("adapting").training(bench.model, **adapter_options, seed=recipe.seed, start=earlier)
+        return adapting.training(bench.model, **adapting.told_by(recipe), seed=recipe.seed, start=earlier)
 
     def fitted(model: Any, folder: Path, examples: Any, changes: Mapping[str, Any]) -> Any:
         chosen = recipe.train.model_copy(update=dict(changes))
@@ -118,11 +114,21 @@ def train_on(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: 
         **({} if earlier is None else {"inputs": [earlier.provenance]}),
     }
     # PEFT knew the model by its folder on this machine; the adapter names it as the user did.
-    config = {**adapter.config, "base_model_name_or_path": bench.name}
+    config = {**_ended(adapter.config, recipe), "base_model_name_or_path": bench.name}
     made = Adapter(config, adapter.modules, adapter.extras, provenance)
     beside = None if mask is None else lambda folder: save_mask(mask, folder / MASK)
     edge("processes").first(lambda: save(made, recipe.output, overwrite=overwrite, beside=beside))
     return Trained(load(recipe.output), recipe.output, done.seconds, done.log_history)
+
+
+def _ended(config: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+    """The configuration of a trained adapter, with the dropout that its strategy ended with."""
+    strategy = recipe.plan()
+    if not isinstance(strategy, ProgressiveDropout):
+        return config
+    last = strategy.probability(recipe.train.steps)
+    told = {**config, **{key: last for key in ("lora_dropout", "hira_dropout") if key in config}}
+    return {**told, "moka": {**config["moka"], "dropout": last}} if "moka" in config else told
 
 
 def _train_whole(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:

@@ -51,6 +51,14 @@ def test_a_recipe_becomes_an_adapter_that_is_scored(loraloom, world):
     assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
 
 
+@pytest.mark.parametrize("kind", ["lora", "hira"])
+def test_the_dropout_that_training_ends_with_is_saved(loraloom, world, kind):
+    changes = [f"adapter.kind={kind}", "strategy={name: progressive-dropout, end: 0.25}", f"output=dropped-{kind}"]
+    done = loraloom("train", "recipe.yaml", *(word for change in changes for word in ("--set", change)))
+    assert done.returncode == 0, done.stderr
+    assert ll.load(world / f"dropped-{kind}").config[f"{kind}_dropout"] == 0.25
+
+
 def test_a_score_does_not_depend_on_who_asks(run, world, tiny_model):
     """An adapter trained on few examples meets the head that it was trained with."""
     (row,) = json.loads(run("evaluate", "a", "--task", "digits", "--json").stdout)

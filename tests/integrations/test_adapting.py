@@ -82,6 +82,38 @@ def test_a_module_that_is_not_there_is_named():
         pass
 
 
+def test_further_modules_are_trained_beside_an_adapter_that_is_continued():
+    base = tiny_llama()
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    with training(base, rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"]) as model:
+        with torch.no_grad():
+            model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1)
+        first = from_model(model)
+    with training(base, start=first, modules_to_save=["lm_head", "embed_tokens"]) as model:
+        trained = [weight for name, weight in model.named_parameters() if weight.requires_grad and "lora" not in name]
+        assert {tuple(weight.shape) for weight in trained} == {(32, 16)} and len(trained) == 2
+        with torch.no_grad():
+            model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(2)
+        made = from_model(model)
+    assert made.config["modules_to_save"] == ["lm_head", "embed_tokens"]
+    assert torch.equal(made.extras["lm_head.weight"], weights["lm_head.weight"] + 1)
+    assert torch.equal(made.extras["model.embed_tokens.weight"], weights["model.embed_tokens.weight"] + 2)
+    assert all(torch.equal(weight, weights[name]) for name, weight in base.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("no_such", "has no module 'no_such'"), ("q_proj", r"is on model\.layers\.0\.self_attn\.q_proj")]
+)
+def test_further_modules_that_cannot_be_trained(name, said):
+    with training(tiny_llama(), rank=2, target_modules=["q_proj"]) as model:
+        first = from_model(model)
+    with (
+        pytest.raises(ValueError, match=rf"^adapter\.modules_to_save: .*{said}"),
+        training(tiny_llama(), start=first, modules_to_save=[name]),
+    ):
+        pass
+
+
 def test_families_are_told_from_the_configuration(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "llama")
     loaded = load_backbone(str(tmp_path / "llama"), processor=object())

@@ -641,3 +641,36 @@ def test_the_trainer_drops_columns_of_ours_and_routing_goes_on(tmp_path):
     )
     assert keys_of(met[0]) == [0, 5, 6, 7, 8]
     assert not torch.equal(layers_of(model)[0].lora_B["default"].weight, before)
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_that_takes_the_labels_out_needs_question_masks(tmp_path, how):
+    from transformers import Trainer, TrainingArguments
+
+    batch = image_batch(rows=4)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def collate(examples, masks):
+        given = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        return {**given, "question_mask": (given["labels"] == -100).long()} if masks else given
+
+    def train(masks):
+        options = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no"}
+        smooth = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+        trainer = Trainer(
+            ll.MokA(**PLAN).wrap(tiny_llava()),
+            TrainingArguments(tmp_path, **options, **smooth, use_cpu=True, disable_tqdm=True),
+            train_dataset=rows,
+            eval_dataset=rows,
+            data_collator=lambda examples: collate(examples, masks),
+            compute_loss_func=None if smooth else loss,
+        )
+        trainer.train()
+        return trainer.evaluate()["eval_loss"]
+
+    with pytest.raises(RoutingError, match=rf"{how}.*takes the labels out.*data collator give question_mask"):
+        train(masks=False)
+    assert train(masks=True) > 0

@@ -207,6 +207,29 @@ def test_a_stays_frozen_and_b_sparse_through_pefts_own_switches() -> None:
     assert all(p.dtype == torch.bfloat16 for _, p in sparse_parameters(half)) and trainable(half) == count
 
 
+def test_an_adapter_that_is_deleted_takes_its_sparse_b_with_it() -> None:
+    model, untouched = every(), every()
+    LoRI(mask=masks(model), start="fresh").attach(model)
+    options = LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("second", options)
+        model.set_adapter("second")
+        model.delete_adapter("default")
+        assert not any("default" in name for name in model.state_dict()) and not list(sparse_parameters(model))
+        model.add_adapter("default", options)
+        model.set_adapter("default")
+        model.delete_adapter("second")
+    assert trainable(model) == trainable(untouched)
+    assert [(type(m), list(m.state_dict())) for m in model.modules()] == [
+        (type(m), list(m.state_dict())) for m in untouched.modules()
+    ]
+    LoRI(mask=masks(model), start="fresh").attach(model)
+    model.base_model.model.embed.lora_embedding_B["default"] = nn.Parameter(torch.ones(6, 3))
+    assert type(model.base_model.model.embed.lora_embedding_B) is nn.ParameterDict
+    model(IDS)
+
+
 def test_told_parameters_are_the_kept_ones(capsys: pytest.CaptureFixture[str]) -> None:
     model = every()
     mask = masks(model)
@@ -340,6 +363,36 @@ def test_a_comes_from_the_seed_from_an_adapter_or_stays() -> None:
         LoRI(start=bad).attach(every())
 
 
+def test_a_is_the_same_whatever_is_around_the_model() -> None:
+    class Owner(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+    def compiled(model: nn.Module) -> nn.Module:
+        return torch.compile(model, backend="eager")
+
+    mask = masks(every())
+    plain = every()
+    LoRI(mask=mask, start="fresh").attach(plain)
+    for around in (compiled, nn.DataParallel, Owner, lambda model: nn.DataParallel(compiled(model))):
+        model = every()
+        wrapped = around(model)
+        LoRI(mask=mask, start="fresh").attach(wrapped)
+        ours, theirs = from_model(model), from_model(plain)
+        assert all(torch.equal(ours.modules[n].A, theirs.modules[n].A) for n in theirs.modules)
+        LoRI().detach(wrapped)
+        assert trainable(model) == trainable(every())
+    inside = tiny.model()
+    layers = inside.get_base_model().model.layers
+    layers[0] = compiled(layers[0])
+    outside = tiny.model()
+    for model in (inside, outside):
+        LoRI(seed=1).attach(model)
+    for own, other in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
 def test_going_on_trains_the_mask_and_leaves_every_other_bit() -> None:
     model = every()
     first = LoRI(mask=masks(model, 0.3, seed=0), start="fresh")
@@ -469,6 +522,12 @@ def test_refused_models() -> None:
     )
     with pytest.raises(UnsupportedKind, match="changes the base weights"):
         LoRI().attach(pissa)
+    with pytest.raises(UnsupportedKind, match="changes the base weights"):
+        LoRI().attach(nn.DataParallel(pissa))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says how eva, whose base stays as it was, takes less memory
+        eva = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva")
+        LoRI().attach(get_peft_model(nn.Sequential(nn.Linear(4, 4)), eva))
     mask = masks(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     few = Mask.of({n: mask[n] for n in mask if n != "head"})

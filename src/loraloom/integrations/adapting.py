@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from loraloom.adapter import Adapter, UnsupportedKind
 from loraloom.integrations.modality import is_multimodal, targets_in_text
 from loraloom.integrations.peft import Snapshot, put_on
+from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.modality import MokA
 
 
@@ -45,7 +47,7 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
         seed: of the adapter's random start.
         start: an adapter to go on with; it decides kind, rank, alpha and targets.
         moka: the plan, for kind ``moka``.
-        modules_to_save: names of modules that are trained whole beside the adapter.
+        modules_to_save: names of modules that are trained whole beside the adapter; those of ``start`` are, too.
 
     Raises:
         ValueError: no module of the model has such a name, or ``start`` does not fit the model.
@@ -67,12 +69,44 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
         elif start is None:
             adapted = _fresh(model, kind, rank, alpha, dropout, targets, options)
         else:
+            start = saving(model, start, modules_to_save)
             adapted = put_on(model, start, lora_dropout=dropout, hira_dropout=dropout, inference_mode=False)
             adapted.train(was_training)
     try:
         yield adapted
     finally:
         snapshot.restore()
+
+
+def told_by(recipe: Any) -> dict[str, Any]:
+    """What a recipe (``recipe.Recipe``) tells :func:`training`; the dropout is that which its strategy begins with."""
+    adapter, strategy = recipe.adapter, recipe.plan()
+    if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
+        adapter = adapter.model_copy(update={"dropout": strategy.probability(0)})
+    return {**adapter.model_dump(), "moka": None if recipe.moka is None else recipe.moka.plan(adapter)}
+
+
+def saving(model: nn.Module, adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """The adapter with further modules of a bare model beside it, as they are there, to be trained whole.
+
+    Raises:
+        ValueError: the model has no module of that name, or the adapter is on it.
+    """
+    saved = list(adapter.config.get("modules_to_save") or ())
+    further = [name for name in dict.fromkeys(names) if name not in saved]
+    extras: dict[str, torch.Tensor] = {}
+    for name in further:
+        found = {path: module for path, module in model.named_modules() if path.endswith(name)}  # as PEFT finds them
+        if not found:
+            raise ValueError(f"adapter.modules_to_save: the model has no module {name!r}")
+        for path, module in found.items():
+            if any(one == path or one.startswith((f"{path}.", f"{path}[")) for one in adapter.modules):
+                raise ValueError(f"adapter.modules_to_save: the adapter that is continued is on {path}")
+            extras |= {f"{path}.{key}": value for key, value in module.state_dict().items()}
+    if not further:
+        return adapter
+    config = {**adapter.config, "modules_to_save": [*saved, *further]}
+    return replace(adapter, config=config, extras={**extras, **adapter.extras})
 
 
 @contextmanager

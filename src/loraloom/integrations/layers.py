@@ -12,7 +12,7 @@ from loraloom.starts import moves_base
 from loraloom.strategies.units import base_path
 
 # Wrappers put themselves into the path of a module; these are none of the model's own names.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _NOT_BY_LAYER = {
     "XLoraModel": "X-LoRA's forward re-enables all layers each time",
@@ -62,7 +62,7 @@ def tuner_layers(model: nn.Module) -> dict[str, list[Any]]:
             owner = owner if owner is not None else base_path(".".join(parts))
             found.setdefault(owner, []).append(module)
         for name, child in module.named_children():
-            walk(child, parts if name in _WRAPPERS else (*parts, name), owner)
+            walk(child, parts if name in WRAPPERS else (*parts, name), owner)
 
     root = model
     while [name for name, _ in root.named_children()] == ["module"]:  # DDP and its like

@@ -215,7 +215,9 @@ class Router:
         if training:
             raise RoutingError(
                 "a forward pass in training mode without labels: the answer cannot be told from the prompt, and "
-                "other modalities would look at it; pass labels, or question_mask (batch x tokens, 1 on the prompt)"
+                "other modalities would look at it; pass labels, or question_mask (batch x tokens, 1 on the prompt). "
+                "With label_smoothing_factor or compute_loss_func a Trainer takes the labels out of the batch: have "
+                "its data collator give question_mask"
             )
         return inputs.open_end(types)
 

@@ -17,13 +17,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
+from loraloom.integrations.layers import WRAPPERS, inner_model, parts_of  # the same reading of paths as for gates
 from loraloom.integrations.processes import fill, whole
 from loraloom.layout import PREFIX
 
 if TYPE_CHECKING:
     from loraloom.strategies.sparse import LoRI
 
-_STARTS = (True, False, "gaussian", "orthogonal")  # ways of PEFT to start an adapter that leave the base as it was
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of PEFT's, those that leave the base as it was and train B
 
 
 class _Scatter(torch.autograd.Function):
@@ -71,12 +72,17 @@ class _Sparse:
     def _thicken(self: Any, name: str, kept: str) -> None:
         """The dense parameter again; the class is that of PEFT when nothing sparse is left."""
         dense = self._dense(kept).detach()
-        del self._parameters[kept], self._buffers[f"{kept}_index"], self._buffers[f"{kept}_rest"], self._form[kept]
+        del self._parameters[kept]
+        self._forget(kept)
+        self.register_parameter(name, nn.Parameter(dense))
+
+    def _forget(self: Any, kept: str) -> None:
+        """What is held beside a parameter that is no longer sparse."""
+        del self._buffers[f"{kept}_index"], self._buffers[f"{kept}_rest"], self._form[kept]
         self._non_persistent_buffers_set -= {f"{kept}_index", f"{kept}_rest"}
         if not self._form:
             del self._form
             self.__class__ = type(self).__bases__[1]
-        self.register_parameter(name, nn.Parameter(dense))
 
     def _put(self: Any, destination: dict[str, Any], key: str, kept: str, keep_vars: bool) -> None:
         """The dense weight in a state dict."""
@@ -150,6 +156,18 @@ class SparseDict(_Sparse, nn.ParameterDict):
         """The parameter, or the dense matrix of a sparse one."""
         return self._dense(key) if key in vars(self).get("_form", {}) else super().__getitem__(key)
 
+    def __setitem__(self, key: str, parameter: Any) -> None:
+        """Put a whole parameter in."""
+        super().__setitem__(key, parameter)
+        if key in self._form:
+            self._forget(key)
+
+    def __delitem__(self, key: str) -> None:
+        """Take a parameter out, and what makes it sparse."""
+        super().__delitem__(key)
+        if key in self._form:
+            self._forget(key)
+
     def items(self) -> Iterable[tuple[str, Any]]:
         """The parameters as they are."""
         return [(key, self._parameters[key]) for key in self.keys()]
@@ -192,13 +210,16 @@ def attach(lori: LoRI, peft_model: nn.Module, adapter_name: str = "default") -> 
 
     Raises:
         ValueError: there is no such adapter, it is no LoRA, it is attached already, or a mask or an A does not fit.
-        UnsupportedKind: its start has changed the base weights.
+        UnsupportedKind: its start has changed the base weights, or freezes B.
     """
     layers = _layers(peft_model, adapter_name)
-    config = getattr(peft_model, "peft_config", {}).get(adapter_name)
+    configs = [vars(part).get("peft_config") for part in parts_of(peft_model)]  # whatever is around them
+    config = next((held[adapter_name] for held in configs if isinstance(held, dict) and adapter_name in held), None)
     start = getattr(config, "init_lora_weights", True)
     if start not in _STARTS:
-        raise UnsupportedKind(f"init_lora_weights={start!r} changes the base weights; LoRI draws A itself: use True")
+        raise UnsupportedKind(
+            f"init_lora_weights={start!r} changes the base weights or freezes B; LoRI draws A itself: use True"
+        )
     if getattr(config, "kasa_config", None) is not None:
         raise UnsupportedKind("kasa_config changes the base weights; leave it out")
     allowed = {}
@@ -278,9 +299,9 @@ def gradient_scores(
 
 
 def _layers(peft_model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The LoRA layers of an adapter by module path."""
+    """The LoRA layers of an adapter by module path in the base model, whatever is around that."""
     found: dict[str, LoraLayer] = {}
-    for path, module in peft_model.named_modules():
+    for path, module in inner_model(peft_model, parts_of(peft_model)).named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         if not isinstance(module, LoraLayer):
@@ -336,7 +357,8 @@ def _start(lori: LoRI, name: str, layer: Any, adapter_name: str, stored: Mapping
     if name in stored:
         drawn = stored[name]
     else:
-        drawn = lori.a(name, len(a), a[0].numel())
+        own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        drawn = lori.a(own, len(a), a[0].numel())
         if isinstance(_factors(layer, adapter_name)[0], nn.ParameterDict):
             drawn = drawn * a[0].numel() ** 0.5  # an embedding's input is one-hot: its fan-in is 1
     a.copy_(drawn.reshape(a.shape))
