@@ -12,6 +12,7 @@ from loraloom.adapter import Adapter, AdapterMismatch, Factors, UnsupportedKind
 from loraloom.experts import as_stored, packed, unpacked
 from loraloom.folding import fold
 from loraloom.integrations.peft import attached, from_model
+from loraloom.layout import settled
 from loraloom.ops.compress import compress
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
@@ -53,8 +54,12 @@ def model(transposed: bool) -> nn.Module:
     return nn.Sequential(*[Block(transposed) for _ in range(2)]).double()
 
 
-def made(folder, seed: int, transposed: bool, rank: int = 2, parameters=("experts.gate_up_proj", "experts.down_proj")):
-    config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["q_proj"], target_parameters=list(parameters))
+UP, DOWN, Q = "experts.gate_up_proj", "experts.down_proj", "q_proj.weight"
+
+
+def made(folder, seed: int, transposed: bool, rank: int = 2, parameters=(UP, DOWN), **more):
+    modules = [] if Q in parameters else ["q_proj"]
+    config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=modules, target_parameters=list(parameters), **more)
     live = get_peft_model(model(transposed), config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in live.parameters():
@@ -107,6 +112,67 @@ def test_a_round_trip_loads_in_peft_and_computes_the_same(tmp_path, transposed):
     assert torch.allclose(reloaded(tmp_path / "b", transposed)(x), reloaded(tmp_path / "a", transposed)(x), atol=1e-10)
 
 
+PATTERNS = {
+    "rank": {"rank_pattern": {"gate_up_proj": 1}},
+    "as PEFT converts Mixtral": {
+        "rank_pattern": {r".*\.experts\.gate_up_proj": 4},
+        "alpha_pattern": {r".*\.experts\.gate_up_proj": 12},
+    },
+    "both parameters": {"alpha_pattern": {r"experts\..*": 1}},
+    "the module, which PEFT does not look for": {"alpha_pattern": {"experts": 1}, "rank_pattern": {"experts": 1}},
+    "one of two blocks": {"rank_pattern": {"0.experts.gate_up_proj": 1}, "use_rslora": True},
+    "alpha": {"alpha_pattern": {"gate_up_proj": 1}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("parameters", [[UP], [UP, DOWN]])
+def test_patterns_are_of_parameters_as_peft_has_it(tmp_path, pattern, parameters):
+    wanted = updates(made(tmp_path / "a", 1, False, parameters=parameters, **PATTERNS[pattern]), False)
+    if pattern == "alpha" and len(parameters) > 1:
+        with pytest.raises(UnsupportedKind, match=r"0\.experts.*: .* do not tell which of 0\.experts\.down_proj, "):
+            load(tmp_path / "a")
+        return
+    adapter = load(tmp_path / "a")
+    for parameter in parameters:
+        owner = "0.experts.base_layer" if parameter == UP and DOWN in parameters else "0.experts"
+        for at in range(E):
+            got = adapter.modules[f"{owner}[{at}/{E}]"].delta()
+            assert torch.allclose(got, wanted[f"0.{parameter}"][at], atol=1e-10)
+    save(adapter, tmp_path / "b")
+    again = updates(reloaded(tmp_path / "b", False), False)
+    assert all(torch.allclose(again[name], wanted[name], atol=1e-10) for name in wanted)
+
+
+SMALLER = {
+    "energy": lambda a, b: compress(a, energy=0.5),
+    "directions": lambda a, b: prune(a, density=0.4, unit="rank"),
+    "merge": lambda a, b: merge([a, b], "ties"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")  # PEFT's false alarm
+@pytest.mark.parametrize("how", SMALLER)
+@pytest.mark.parametrize("parameters", [[Q], [Q, UP]])
+def test_peft_finds_the_rank_of_a_matrix_that_is_a_parameter(tmp_path, how, parameters):
+    for seed in (1, 2):
+        made(tmp_path / f"a{seed}", seed, False, 4, parameters=parameters)
+    changed = SMALLER[how](*(load(tmp_path / f"a{seed}") for seed in (1, 2)))
+    save(changed, tmp_path / "m")
+    got = updates(reloaded(tmp_path / "m", False), False)
+    for block in range(2):
+        name = f"{block}.q_proj"
+        want = changed.modules[name].delta() if name in changed.modules else torch.zeros(HIDDEN, HIDDEN).double()
+        assert torch.allclose(got[f"{name}.weight"], want, atol=1e-10)
+
+
+def test_ranks_that_names_do_not_tell_apart_are_not_written():
+    config = {"peft_type": "LORA", "target_parameters": ["experts.up_bias", "experts.down_bias"]}
+    with pytest.raises(UnsupportedKind, match=r"^0\.experts\.down_bias: .* different ranks$"):
+        settled(config, {"0.experts": 2, "0.experts.base_layer": 3}, bake=True, retarget=False)
+
+
 @pytest.mark.parametrize("method", ["linear", "svd", "tsv_m", "ties"])
 def test_merges_are_right_for_every_expert(tmp_path, transposed, method):
     for seed, rank in ((1, 2), (2, 3)):
@@ -138,9 +204,6 @@ def test_an_adapter_without_experts_merges_in_any_order(tmp_path, transposed, me
     for name in merged.modules:
         assert torch.allclose(again.modules[name].delta(), merged.modules[name].delta(), atol=1e-10)
     assert torch.isfinite(reloaded(tmp_path / "m", transposed)(torch.ones(1, HIDDEN).double())).all()
-
-
-UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
 
 @pytest.mark.parametrize(("one", "two"), [([UP], [DOWN]), ([UP], [UP, DOWN]), ([UP, DOWN], [f"0.{DOWN}"])])

@@ -113,6 +113,7 @@ CASES = {
     "convs hira": (convs, lambda: HiraConfig(r=2, target_modules=["conv1", "conv2", "head"])),
     "convs bias": (convs, lambda: lora("conv1", "conv2", "point", lora_bias=True)),
     "convs all biases": (convs, lambda: lora("conv1", "head", bias="all")),
+    "convs all biases, one whole": (convs, lambda: lora("conv1", bias="all", modules_to_save=["head"])),
     "plain embedding dora": (convs, lambda: lora("embed", use_dora=True)),
     "plain embedding hira": (convs, lambda: HiraConfig(r=2, target_modules=["embed"])),
 }
@@ -128,6 +129,16 @@ def test_the_folded_model_computes_what_peft_does(case, tmp_path):
     wanted = output(PeftModel.from_pretrained(opened(make(), base), adapter).eval())
     assert (wanted - output(make())).abs().max() > 1e-2
     torch.testing.assert_close(output(folded), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_one_embedding_fold_together(tmp_path):
+    """PEFT stores the frozen embedding in both, which is no whole tensor to average."""
+    base = written(llama(), tmp_path / "base")
+    adapters = [load(trained(llama(), lora("embed_tokens"), tmp_path / f"a{seed}", seed)) for seed in (1, 2)]
+    assert all(list(adapter.extras) == ["model.embed_tokens.weight"] for adapter in adapters)
+    folded = opened(llama(), fold(adapters, base, tmp_path / "out")).get_input_embeddings().weight
+    deltas = sum(adapter.modules["model.embed_tokens"].delta().T for adapter in adapters)
+    torch.testing.assert_close(folded, opened(llama(), base).get_input_embeddings().weight + deltas)
 
 
 # --- tied weights -----------------------------------------------------------------------------------------------------

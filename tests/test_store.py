@@ -357,6 +357,15 @@ def test_patterns_are_matched_as_peft_does(ranks: dict, alphas: dict, name: str,
     assert scale_of(config, name) == (alpha / rank**0.5 if rslora else alpha / rank)
 
 
+def test_patterns_keep_their_order(tmp_path: Path) -> None:
+    """The first key that matches wins, so sorting them would change what they say."""
+    keys = ["q_proj", r"layers\.0\.q_proj"]
+    config = {**CONFIG, "rank_pattern": dict.fromkeys(keys, 2), "alpha_pattern": dict(zip(keys, (12, 1), strict=True))}
+    adapter = load(save(load(folder(tmp_path / "a", config)), tmp_path / "b"))
+    assert adapter.modules["layers.0.q_proj"].scale == 6.0
+    assert list(adapter.config["alpha_pattern"]) == list(adapter.config["rank_pattern"]) == keys
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 def plain_adapter(layers: int = 2, scale: float = 2.0, dtype: torch.dtype = torch.float32) -> Adapter:
     held = {key: value.to(dtype) for key, value in tensors(layers).items()}

@@ -20,6 +20,7 @@ from loraloom.experts import holds_experts, owner_of
 from loraloom.folders import refuse_taken, whole_folder, write_text
 from loraloom.modalities import text_only as of_text
 from loraloom.ops.checks import Weights, check_linear, checked_weights
+from loraloom.ops.extras import frozen_of
 from loraloom.ops.merge import effective
 from loraloom.registry import UnknownName
 from loraloom.safefile import DTYPES, FLOATS, Writer, sha256
@@ -145,7 +146,8 @@ def _planned(adapters: Sequence[Adapter], weights: Weights, checkpoint: Checkpoi
     """The change of every parameter that changes; all that can be wrong is found here, but for numbers."""
     if extras not in ("refuse", "average"):
         raise UnknownName("extras", extras, ["refuse", "average"])
-    holders = sum(bool(adapter.extras) for adapter in adapters)
+    frozen = frozen_of(adapters)
+    holders = sum(any(path not in frozen for path in adapter.extras) for adapter in adapters)
     if holders > 1 and extras == "refuse":
         raise AdapterMismatch(f"{holders} adapters hold whole tensors; extras='average' averages them")
     if holders > 1 and isinstance(weights, dict):

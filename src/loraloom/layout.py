@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
-from loraloom.experts import Grouped, as_stored, groups_of, holds_experts, owner_of, place_of, spread, unpacked
+from loraloom.experts import Grouped, as_stored, groups_of, owner_of, parameters_of, place_of, spread, unpacked
 from loraloom.modalities import MOKA, Stacked, modality_part, plan_of, spread_modalities, stored_shape
 from loraloom.starts import moves_base
 from loraloom.stream import OnDemand
@@ -44,7 +44,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
-def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule for ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path wins."""
     for key, value in (pattern or {}).items():
         if expression(rf"(.*\.)?({key})$")(name):
@@ -53,15 +53,10 @@ def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
-    """Rank that the configuration gives the module ``name``.
-
-    Example:
-        >>> rank_of({"r": 8, "rank_pattern": {"q_proj": 4}}, "layers.0.q_proj")
-        4
-    """
+    """Rank that the configuration gives the module ``name`` (of a parameter: its path; see ``paths_of``)."""
     if _is_hira(config):  # PEFT 0.21 gives every HiRA layer of a new adapter r, whatever rank_pattern says
         return int(config.get("r", 32))
-    return int(_matched(config.get("rank_pattern"), name, config.get("r", 8)))
+    return int(matched(config.get("rank_pattern"), name, config.get("r", 8)))
 
 
 def _is_hira(config: Mapping[str, Any]) -> bool:
@@ -72,21 +67,36 @@ def scale_of(config: Mapping[str, Any], name: str) -> float:
     """Scale that the configuration gives the module ``name``: alpha / r, alpha / sqrt(r) for rsLoRA, 1 for HiRA.
 
     Example:
-        >>> scale_of({"r": 4, "lora_alpha": 16, "use_rslora": True}, "layers.0.q_proj")
+        >>> scale_of({"rank_pattern": {"q_proj": 4}, "lora_alpha": 16, "use_rslora": True}, "layers.0.q_proj")
         8.0
     """
     if _is_hira(config):
         return 1.0
     rank = rank_of(config, name)
-    alpha = _matched(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    alpha = matched(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def as_configured(config: Mapping[str, Any], name: str, factors: Factors) -> bool:
-    """Whether the configuration already gives this module its rank and, exactly, its scale."""
-    rank = factors.rank // factors.experts
-    ranks = (rank_of(config, name), int(_matched(config.get("rank_pattern"), name, rank)))
-    return ranks == (rank, rank) and scale_of(config, name) == factors.scale
+def paths_of(config: Mapping[str, Any], name: str) -> list[str]:
+    """What PEFT matches patterns against: a module's path, or those of its parameters where these are adapted."""
+    owner = re.sub(r"(\.base_layer)+$", "", name)
+    return [f"{owner}.{leaf}" for leaf in sorted(parameters_of(config, name))] or [name]
+
+
+def _path_of_each(config: Mapping[str, Any], rows: Mapping[str, int], where: str) -> dict[str, str]:
+    """What PEFT matches patterns against, by module with the rows of its A."""
+    # PEFT's names do not tell which parameter of a module it is; ranks may, as all have as many experts, or none.
+    found = {name: paths_of(config, name) for name in rows}
+    for paths in dict.fromkeys(tuple(each) for each in found.values() if len(each) > 1):
+        ranks = {path: rank_of(config, path) for path in paths}
+        counts = {name: {rows[name] / rank for rank in ranks.values()} for name in rows if found[name] == [*paths]}
+        shared = {1, *(n for n in set.union(*counts.values()) if all({1, n} & each for each in counts.values()))}
+        for name in counts:
+            found[name] = [path for path in paths if rows[name] / ranks[path] in shared] or [*paths]
+            if len({(ranks[path], scale_of(config, path)) for path in found[name]}) > 1:
+                which = f"which of {', '.join(paths)} it is of, and these have different ranks or scales"
+                raise UnsupportedKind(f"{where}: module {name}: PEFT's names do not tell {which}")
+    return {name: each[0] for name, each in found.items()}
 
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
@@ -106,10 +116,8 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
             raise UnsupportedKind(f"{where}: {key} is set; adapters of that variant are not factors B and A alone")
     start = config.get("init_lora_weights")
     if moves_base(start):
-        raise UnsupportedKind(
-            f"{where}: init_lora_weights={start!r} is relative to a changed base model; "
-            "save it with PEFT's path_initial_model_for_weight_conversion to get an ordinary LoRA"
-        )
+        how = "save it with PEFT's path_initial_model_for_weight_conversion to get an ordinary LoRA"
+        raise UnsupportedKind(f"{where}: init_lora_weights={start!r} is relative to a changed base model; {how}")
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         _check_numbers(config, where, key, pattern)
     return config
@@ -151,7 +159,7 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
         retarget: the modules are named one by one, by full path.
 
     Raises:
-        UnsupportedKind: PEFT cannot build them (HiRA of several ranks).
+        UnsupportedKind: PEFT cannot build them (HiRA, or the parameters of one module, of several ranks).
 
     Example:
         >>> new = settled({"peft_type": "LORA", "r": 8}, {"a.q": 2, "a.k": 2, "a.v": 3}, bake=True, retarget=True)
@@ -159,15 +167,19 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
         (2, 2, True, ['a.q', 'a.k', 'a.v'])
     """
     new = {**config, "inference_mode": True}
-    experts = [name for name in ranks if holds_experts(config, name)]
     if bake or retarget:
         if isinstance(new.get("init_lora_weights"), str):  # a start that may refuse the new rank, for nothing
             new.update(init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None)
         new = {key: value for key, value in new.items() if key in config or value is not None}
     if bake:
-        usual = next((ranks[name] for name in experts), Counter(ranks.values()).most_common(1)[0][0])
+        own = [rank for name, rank in ranks.items() if parameters_of(config, name)]  # PEFT warns of patterns of these
+        usual = Counter(own or ranks.values()).most_common(1)[0][0]
+        asked = [(path, rank) for name, rank in ranks.items() for path in paths_of(config, name)]
+        by_path = dict(asked)
+        if twice := next((path for path, rank in asked if by_path[path] != rank), None):
+            raise UnsupportedKind(f"{twice}: PEFT's names do not tell apart a module's parameters of different ranks")
         new["r"] = usual
-        new["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+        new["rank_pattern"] = {f"^{re.escape(path)}": rank for path, rank in by_path.items() if rank != usual}
         if _is_hira(config) and new["rank_pattern"]:
             raise UnsupportedKind(f"HiRA modules of different ranks {sorted(set(ranks.values()))}: PEFT loads none")
         if not _is_hira(config):
@@ -175,9 +187,8 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
     if retarget:
         # PEFT takes a list entry as the end of a path too. A name without a dot would also match deeper modules,
         # so such sets are given as one regular expression, which must match the whole path.
-        plain = [name for name in ranks if name not in experts]
-        exact = all("." in name for name in plain)
-        new["target_modules"] = plain if exact else "|".join(re.escape(name) for name in plain)
+        plain = [name for name in ranks if not parameters_of(config, name)]
+        new["target_modules"] = plain if all("." in name for name in plain) else "|".join(map(re.escape, plain))
         new.update({key: None for key in _TARGETS[1:] if key in config})
     return new
 
@@ -202,10 +213,11 @@ def _finite(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _sorted_keys(source: Source) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _sorted_keys(config: Mapping[str, Any], source: Source) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Keys by module and part (A, B, bias, magnitude), and the keys of everything else by parameter path."""
     parts: dict[str, dict[str, str]] = {}
-    rest = []
+    rest, saved = [], config.get("modules_to_save")
+    wrapped = tuple(map(str, saved)) if isinstance(saved, list | tuple | set) else ()
     for key in source.shapes:
         path = key.removeprefix(PREFIX)
         if path == key or re.search(r"[/\\\0]", path) or not all(path.split(".")):
@@ -214,7 +226,9 @@ def _sorted_keys(source: Source) -> tuple[dict[str, dict[str, str]], dict[str, s
         if match is None:
             if re.search(r"\.(lora|hira)_(?!only)", path):
                 raise UnsupportedKind(f"{source.where}: tensor {key!r} belongs to a variant that is not supported")
-            rest.append(key)
+            copy = re.fullmatch(r"(.+?)\.(modules_to_save|original_module)\..+", path)  # of bias="all"
+            if not (copy and copy[1].endswith(wrapped)):
+                rest.append(key)
             continue
         found = match.groupdict()
         part = found["which"] or found["lora"] or found["hira"] or ("bias" if found["bias"] else "magnitude")
@@ -223,8 +237,8 @@ def _sorted_keys(source: Source) -> tuple[dict[str, dict[str, str]], dict[str, s
         parts[found["module"]][part] = key
     extras = {}
     for key in rest:
-        owner, wrapped, leaf = key.removeprefix(PREFIX).partition(".base_layer.")
-        path = f"{owner}.{leaf}" if wrapped and owner in parts else key.removeprefix(PREFIX)
+        owner, inside, leaf = key.removeprefix(PREFIX).partition(".base_layer.")
+        path = f"{owner}.{leaf}" if inside and owner in parts else key.removeprefix(PREFIX)
         if path in extras:
             raise ValueError(f"{source.where}: parameter {path} is there twice")
         extras[path] = key
@@ -259,21 +273,23 @@ def _check_module(config: Mapping[str, Any], source: Source, name: str, keys: Ma
         raise ValueError(f"{what}: A {a} and B {b} do not have the same rank")
     if groups_of(a, b) > 1 and "magnitude" in keys:
         raise UnsupportedKind(f"{what} is a grouped convolution with DoRA; not supported")
-    ranks = (rank_of(config, name), _matched(config.get("rank_pattern"), name, None))
-    if a[0] not in ranks and not (holds_experts(config, name) and a[0] % rank_of(config, name) == 0):
-        raise ValueError(f"{what} has rank {a[0]} but the configuration says {rank_of(config, name)}")
     return Shape(b[0], math.prod(a[1:]), a[0])
 
 
 def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Adapter:
     """The adapter whose tensors ``source`` holds; sizes are checked now, values when they are read."""
     config = check_config(config, source.where)
-    parts, extras = _sorted_keys(source)
+    parts, extras = _sorted_keys(config, source)
     if not parts:
         raise ValueError(f"{source.where}: holds no factors (lora_A, lora_B or hira_A, hira_B)")
     stored = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
+    paths = _path_of_each(config, {name: shape.rank for name, shape in stored.items()}, source.where)
     plan = plan_of(config, source.where)
-    experts = {name: rank_of(config, name) for name in stored if holds_experts(config, name)}
+    for name, path in paths.items() if plan is None else ():
+        rank, asked = stored[name].rank, (rank_of(config, path), matched(config.get("rank_pattern"), path, None))
+        if rank not in asked and not (parameters_of(config, name) and rank % asked[0] == 0):
+            raise ValueError(f"{source.where}: module {name} has rank {rank} but the configuration says {asked[0]}")
+    experts = {name: rank_of(config, paths[name]) for name in stored if parameters_of(config, name)}
     groups = {name: groups_of(*(source.shapes[parts[name][part]] for part in "AB")) for name in stored}
     shapes = spread(stored, experts, groups) if plan is None else spread_modalities(plan, stored)
 
@@ -292,7 +308,7 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
         return kind(
             B=b.flatten(1),
             A=a.flatten(1),
-            scale=scale_of(config, name),
+            scale=scale_of(config, paths[name]),
             bias=tensors.get("bias"),
             magnitude=tensors["magnitude"].flatten() if "magnitude" in tensors else None,
             kernel=tuple(a.shape[1:]) if a.ndim > 2 else None,
@@ -338,9 +354,8 @@ def module_tensors(config: Mapping[str, Any], name: str, factors: Factors) -> di
     for part, switch in (("bias", "lora_bias"), ("magnitude", "use_dora")):
         held = getattr(factors, part)
         if bool(config.get(switch)) != (held is not None):
-            raise AdapterMismatch(
-                f"module {name} has {'no' if held is None else 'a'} {part} but {switch}={config.get(switch)!r}"
-            )
+            has = "no" if held is None else "a"
+            raise AdapterMismatch(f"module {name} has {has} {part} but {switch}={config.get(switch)!r}")
     kind = "hira" if _is_hira(config) else "lora"
     ones = [1] * (len(factors.kernel) - 1 if factors.kernel else 0)
     end = "" if factors.embedding or kind == "hira" else ".weight"
@@ -359,10 +374,9 @@ def module_tensors(config: Mapping[str, Any], name: str, factors: Factors) -> di
 
 def extra_key(adapter: Adapter, path: str) -> str:
     """PEFT's key of a parameter beside the factors: PEFT moves those of an adapted module to ``base_layer``."""
-    for dot in re.finditer(r"\.", path):
-        if path[: dot.start()] in adapter.modules:
-            return f"{PREFIX}{path[: dot.start()]}.base_layer{path[dot.start() :]}"
-    return PREFIX + path
+    owners = (path[: dot.start()] for dot in re.finditer(r"\.", path))
+    owner = next((owner for owner in owners if owner in adapter.modules), None)
+    return PREFIX + (path if owner is None else f"{owner}.base_layer{path.removeprefix(owner)}")
 
 
 def to_state_dict(adapter: Adapter, *, bake: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -384,15 +398,3 @@ def to_state_dict(adapter: Adapter, *, bake: bool = True) -> Iterator[tuple[str,
         yield from module_tensors(adapter.config, name, factors.baked() if bake else factors).values()
     for path in adapter.extras:
         yield extra_key(adapter, path), _finite(adapter.extras[path], path)
-
-
-def knows_targets(adapter: Adapter) -> bool:
-    """Whether the configuration selects just the modules that are there: they are those of one of the inputs."""
-    mark = digest(adapter.config, adapter.modules)
-
-    def found(node: Any) -> bool:
-        if isinstance(node, Mapping):
-            return node.get("targets") == mark or any(found(value) for value in node.values())
-        return isinstance(node, list | tuple) and any(found(value) for value in node)
-
-    return found(adapter.provenance)

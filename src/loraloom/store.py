@@ -29,12 +29,15 @@ from loraloom.experts import as_stored
 from loraloom.folders import UNFINISHED, refuse_taken, whole_folder, write_text
 from loraloom.layout import (
     Source,
-    as_configured,
     assembled,
     check_config,
+    digest,
     extra_key,
-    knows_targets,
+    matched,
     module_tensors,
+    paths_of,
+    rank_of,
+    scale_of,
     settled,
 )
 from loraloom.safefile import PICKLES, SafeFile, Writer, sha256
@@ -190,7 +193,26 @@ def written_as(adapter: Adapter, command: str, hashes: Hashes) -> dict[str, Any]
     return record
 
 
+def knows_targets(adapter: Adapter) -> bool:
+    """Whether the configuration selects just the modules that are there: they are those of one of the inputs."""
+    mark = digest(adapter.config, adapter.modules)
+
+    def found(node: Any) -> bool:
+        if isinstance(node, Mapping):
+            return node.get("targets") == mark or any(found(value) for value in node.values())
+        return isinstance(node, list | tuple) and any(found(value) for value in node)
+
+    return found(adapter.provenance)
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
+def as_configured(config: Mapping[str, Any], name: str, factors: Factors) -> bool:
+    """Whether the configuration already gives this module its rank and, exactly, its scale."""
+    rank = factors.rank // factors.experts
+    asked = [(matched(config.get("rank_pattern"), path, rank), path) for path in paths_of(config, name)]
+    return all((r, rank_of(config, path), scale_of(config, path)) == (rank, rank, factors.scale) for r, path in asked)
+
+
 def _fill(adapter: Adapter, writer: Writer) -> tuple[dict[str, int], bool]:
     """Write every tensor, module by module, the next made meanwhile; the ranks, and whether scales are baked.
 
@@ -315,7 +337,7 @@ def save(
         config = settled(adapter.config, ranks, bake=bake, retarget=not knows_targets(adapter))
         write_text(work / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
         write_text(work / CARD, _card(config, record, target.name, len(ranks)))
-        write_text(work / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(work / CONFIG, json.dumps(dict(sorted(config.items())), indent=2) + "\n")  # patterns in order
         if beside is not None:
             beside(work)
     return target

@@ -84,6 +84,9 @@ KINDS = {
     "regex": lambda: Kind(_lora(target_modules=r".*\.1\..*(q|o)_proj")),
     "lora-bias": lambda: Kind(_lora(lora_bias=True, target_modules=["q_proj", "v_proj"])),
     "bias-all": lambda: Kind(_lora(bias="all")),
+    "bias-all-beside-saved": lambda: Kind(
+        _lora(bias="all", target_modules=["conv1", "conv2"], modules_to_save=["head"]), convs
+    ),
     "bias-only": lambda: Kind(_lora(bias="lora_only")),
     "modules-to-save": lambda: Kind(_lora(modules_to_save=["lm_head", "norm"])),
     "sequence-classification": lambda: Kind(_lora(task_type="SEQ_CLS"), classifier),

@@ -10,6 +10,8 @@ import torch
 
 from loraloom.adapter import AdapterMismatch, UnsupportedKind
 from loraloom.ops.arithmetic import scale, subtract
+from loraloom.ops.interpolate import interpolate
+from loraloom.ops.merge import merge
 from loraloom.store import load, save
 from oracles.ops_dense import delta, ensemble, random_adapter
 
@@ -46,6 +48,26 @@ def test_scale_refuses_what_does_not_scale():
     with pytest.raises(AdapterMismatch, match=r"head\.weight"):
         scale(held, 2.0)
     assert scale(held, 1.0).extras
+
+
+def test_the_frozen_weight_that_peft_stores_beside_factors_is_no_whole_tensor(tmp_path):
+    """PEFT stores the base weight of an adapted embedding or head; nothing but the base is in it."""
+    frozen = torch.arange(6.0)
+    a, b = (replace(random_adapter(seed, SIZES), extras={f"{Q}.weight": frozen.clone()}) for seed in (1, 2))
+    for changed in (scale(a, -1.0), subtract(a, b), interpolate(a, b, 0.5), merge([a, b]), merge([a], "ties")):
+        again = load(save(changed, tmp_path / "out", overwrite=True))
+        assert list(again.extras) == [f"{Q}.weight"] and torch.equal(again.extras[f"{Q}.weight"], frozen)
+    by_module = dict(zip(SIZES, ([0.5, 1.0], [2.0, 1.0]), strict=True))
+    assert torch.equal(merge([a, b], weights=by_module).extras[f"{Q}.weight"], frozen)
+    trained = replace(b, extras={**b.extras, "head.bias": torch.ones(2)})
+    assert list(merge([a, trained]).extras) == list(trained.extras)
+    averaged = merge([trained, trained], weights=[1.0, 1.0], extras="average").extras
+    assert torch.equal(averaged["head.bias"], torch.ones(2)) and averaged[f"{Q}.weight"] is not None
+    with pytest.raises(AdapterMismatch, match=r"head\.bias"):
+        subtract(a, trained)
+    for other in (frozen + 1, frozen[:5], frozen.double()):
+        with pytest.raises(AdapterMismatch, match=rf"2 of 2 adapters hold whole tensors \({Q}\.weight\)"):
+            subtract(a, replace(b, extras={f"{Q}.weight": other}))
 
 
 @pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, UnsupportedKind
-from loraloom.layout import as_configured
 from loraloom.ops.merge import merge, module_generator
 from loraloom.ops.merge_methods import merge_methods
 from loraloom.registry import Technique, UnknownName
-from loraloom.store import load, save
+from loraloom.store import as_configured, load, save
 from oracles.ops_dense import best, delta, ensemble, fusion, random_adapter, random_factors
 
 Q, V, FC = "layers.0.q", "layers.0.v", "layers.1.fc"
@@ -208,6 +207,17 @@ def test_the_stored_type_is_kept(arguments, dtype, methods):
     assert merged.B.dtype == merged.A.dtype == dtype
 
 
+def test_small_weights_reach_the_folder_in_float16(tmp_path):
+    a, b = (random_adapter(seed, {Q: (30, 20, 4)}) for seed in (1, 2))
+    a, b = (
+        replace(one, modules={Q: replace(one.modules[Q], B=(one.modules[Q].B / 1e3).half(), A=one.modules[Q].A.half())})
+        for one in (a, b)
+    )
+    again = load(save(merge([a, b], weights=[1e-3, -1e-3]), tmp_path / "out"))
+    want = ensemble([a, b], [1e-3, -1e-3], Q)
+    assert np.linalg.norm(delta(again.modules[Q]) - want) < 1e-3 * np.linalg.norm(want)
+
+
 def test_saved_and_loaded_it_is_the_same_adapter(tmp_path):
     a = random_adapter(1, {Q: (6, 5, 2), V: (4, 5, 2)}, 2.0, target_modules=["q", "v"])
     b = random_adapter(2, {Q: (6, 5, 3), FC: (7, 6, 3)}, 0.5, target_modules=["q", "fc"])
@@ -272,6 +282,17 @@ def test_bias_is_the_sum_of_scaled_biases_and_missing_is_zero(space, scales):
         assert made.config["lora_bias"] is True
     none = merge([plain, Adapter({"r": 2, "lora_bias": True}, {V: random_factors(4, 4, 5, 2, bias=bias[:4])})])
     assert torch.equal(none.modules[Q].bias, torch.zeros(6, dtype=torch.float64))  # PEFT wants one in every module
+
+
+@pytest.mark.parametrize(("config", "embedding"), [({}, True), ({"target_parameters": [f"{V}.weight"]}, False)])
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)])
+def test_a_bias_of_B_does_not_merge_with_what_has_none_in_peft(config, embedding, places):
+    bias = torch.ones(6, dtype=torch.float64)
+    biased = Adapter({"r": 2, "lora_bias": True}, {Q: random_factors(1, 6, 5, 2, bias=bias)})
+    plain = Adapter({"r": 2, **config}, {V: random_factors(2, 4, 5, 2, embedding=embedding)})
+    with pytest.raises(AdapterMismatch, match=rf"^{V}: .*lora_bias.* embedding or a single parameter$"):
+        merge([(biased, plain)[at] for at in places])
+    assert merge([plain, plain]).modules[V].bias is None
 
 
 def test_bias_survives_an_asked_rank():
@@ -405,17 +426,27 @@ def test_knobs_are_checked_before_anything_is_read(methods):
 
 A, B = random_adapter(1, SIZES), random_adapter(2, SIZES)
 NAN, INF = float("nan"), float("inf")
+EACH = {name: [1, 1] for name in SIZES}
 REFUSED = [
     ([], {}, ValueError, "nothing to merge: at least one adapter"),
     ([A, B], {"weights": [1.0]}, ValueError, "1 weights for 2 adapters"),
     ([A, B], {"weights": [1.0, NAN]}, ValueError, "weight 2 of 2 is nan"),
     ([A, B], {"weights": [-INF, 1.0]}, ValueError, "weight 1 of 2 is -inf"),
+    ([A, B], {"weights": 3}, ValueError, "weights must be a list of 2 numbers, got 3"),
+    ([A, B], {"weights": "12"}, ValueError, "weights must be a list of 2 numbers, got '12'"),
+    ([A, B], {"weights": [True, False]}, ValueError, "weight 1 of 2 is True; weights must be finite numbers"),
+    ([A, B], {"weights": [1.0, 10**400]}, ValueError, "weight 2 of 2 is 10000.*; weights must be finite numbers"),
+    ([A, B], {"weights": EACH | {V: 3}}, ValueError, f"^{V}: weights must be a list of 2 numbers, got 3"),
+    ([A, B], {"weights": EACH | {Q: {1: 0, 2: 0}}}, ValueError, f"^{Q}: weights must be a list of 2 numbers"),
+    ([A, B], {"weights": EACH | {Q: [1, None]}}, ValueError, f"^{Q}: weight 2 of 2 is None"),
+    ([A, B], {"weights": EACH | {Q: [1, "x"]}}, ValueError, f"^{Q}: weight 2 of 2 is 'x'"),
     ([A, B], {"weights": [2.0, -1.0], "space": "factors"}, ValueError, "weight -1.0: in space 'factors'"),
     ([A, B], {"method": "linaer"}, UnknownName, "merge method 'linaer' is not known .did you mean 'linear'"),
     ([A, B], {"space": "factor"}, UnknownName, "space 'factor' is not known .did you mean 'factors'"),
     ([A, B], {"rank": 0}, ValueError, "rank must be a whole number of at least 1, got 0"),
     ([A, B], {"rank": 2.5}, ValueError, "rank must be a whole number of at least 1, got 2.5"),
     ([A, B], {"rank": True}, ValueError, "rank must be a whole number"),
+    ([A, B], {"rank": 100_000}, ValueError, "rank must be at most 16384, got 100000"),
     ([Adapter({}, {})], {"weights": [2.0]}, ValueError, "the adapters have no modules"),
     ([A, random_adapter(2, SIZES, peft_type="HIRA")], {}, AdapterMismatch, "different kinds do not merge: lora, hira"),
     ([A, random_adapter(2, SIZES, use_dora=True)], {}, AdapterMismatch, "different kinds do not merge: lora, dora"),
@@ -466,3 +497,14 @@ def test_svd_of_nan_is_refused_by_module(arguments, methods):
     merged.modules[V]
     with pytest.raises(ValueError, match=f"{Q}: a matrix with NaN"):
         merged.modules[Q]
+
+
+def test_weights_may_be_arrays_or_tensors():
+    wanted = merge([A, B], weights=[0.25, 0.75])
+    for weights in (
+        np.array([0.25, 0.75], np.float32),
+        torch.tensor([0.25, 0.75]),
+        [np.float32(0.25), torch.tensor(0.75)],
+    ):
+        found = merge([A, B], weights=weights)
+        assert all(torch.equal(found.modules[name].delta(), wanted.modules[name].delta()) for name in wanted.modules)

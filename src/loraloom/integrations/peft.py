@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.experts import as_stored
 from loraloom.integrations.processes import gathered, whole
-from loraloom.layout import PREFIX, as_configured, check_config, from_state_dict, knows_targets, settled, to_state_dict
+from loraloom.layout import PREFIX, check_config, from_state_dict, settled, to_state_dict
 from loraloom.modalities import MOKA, plan_of
-from loraloom.store import load
+from loraloom.store import as_configured, knows_targets, load
 
 # Containers that torch.nn.Module keeps as attributes and changes in place; everything else is replaced as a whole.
 _CONTAINERS = (dict, set)

@@ -88,7 +88,10 @@ class Seat:
     def _on(self, adapter: Adapter, before: Snapshot) -> nn.Module:
         ready = prepared(adapter)
         shapes = {name: (str(tensor.dtype), *tensor.shape) for name, tensor in ready.tensors.items()}
-        key = json.dumps([ready.config, shapes], sort_keys=True, default=str)
+        orders = [
+            [*(ready.config.get(name) or ())] for name in ("rank_pattern", "alpha_pattern")
+        ]  # the first match wins
+        key = json.dumps([ready.config, orders, shapes], sort_keys=True, default=str)
         built = self._built.pop(key, None)
         if built is not None and before.same(built.before):
             built.state.restore()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from loraloom.adapter import Adapter, AdapterMismatch
 from loraloom.ops.checks import check_linear
+from loraloom.ops.extras import frozen_of
 from loraloom.ops.merge import merge
 
 
@@ -37,9 +38,8 @@ def scale(adapter: Adapter, by: float) -> Adapter:
         return replace(adapter, provenance=provenance)
     if adapter.kind != "moka":  # its B is scaled alike in all modalities
         check_linear(adapter, "scale")
-    if adapter.extras:
-        first = next(iter(adapter.extras))
-        raise AdapterMismatch(f"the adapter holds whole tensors ({first}), which are no updates and do not scale")
+    if whole := _whole(adapter):
+        raise AdapterMismatch(f"the adapter holds whole tensors ({whole}), which are no updates and do not scale")
     modules = adapter.derived(tuple(adapter.modules), lambda name: adapter.modules[name].scaled(by), adapter.shape)
     return replace(adapter, modules=modules, provenance=provenance)
 
@@ -64,8 +64,14 @@ def subtract(a: Adapter, b: Adapter, weight: float = 1.0, *, same_base: bool = T
         >>> subtract(a, b).modules["fc"].delta()
         tensor([[3., 3.]])
     """
-    if b.extras:
-        raise AdapterMismatch(f"what is taken away holds whole tensors ({next(iter(b.extras))}), which are no updates")
+    if whole := _whole(b):
+        raise AdapterMismatch(f"what is taken away holds whole tensors ({whole}), which are no updates")
     left = merge([a, b], weights=[1.0, -weight], same_base=same_base)
     arguments = {"weight": weight, "same_base": same_base}
     return replace(left, provenance={**left.provenance, "operation": "subtract", "arguments": arguments})
+
+
+def _whole(adapter: Adapter) -> str | None:
+    """The first whole tensor that is a change."""
+    frozen = frozen_of([adapter])
+    return next((path for path in adapter.extras if path not in frozen), None)

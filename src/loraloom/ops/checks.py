@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +16,10 @@ from loraloom.experts import all_parameters, owner_of, parameters_of
 from loraloom.ops.spaces import SPACES
 from loraloom.registry import Technique, UnknownName
 from loraloom.starts import moves_base
-from loraloom.untrusted import is_number
+from loraloom.untrusted import is_number, short
 
 Weights = list[float] | dict[str, list[float]]  # of all modules, or by module path
+_MOST_RANK = 1 << 14  # of a result: the width of the largest models
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # of a method's arguments, as their annotations say
     "float": ("a finite number", is_number),
@@ -91,14 +92,18 @@ def checked_weights(
     return {name: _numbers(weights[name], len(adapters), f"{name}: ") for name in names}
 
 
-def _numbers(weights: Sequence[float], count: int, where: str) -> list[float]:
+def _numbers(weights: Any, count: int, where: str) -> list[float]:
+    if isinstance(weights, np.ndarray | Tensor):
+        weights = weights.tolist()
+    if not isinstance(weights, list | tuple):
+        raise ValueError(f"{where}weights must be a list of {count} numbers, got {short(weights)}")
     if len(weights) != count:
         raise ValueError(f"{where}{len(weights)} weights for {count} adapters; one weight per adapter is needed")
-    checked = [float(weight) for weight in weights]
-    for at, weight in enumerate(checked):
-        if not math.isfinite(weight):
-            raise ValueError(f"{where}weight {at + 1} of {count} is {weight}; weights must be finite numbers")
-    return checked
+    weights = [weight.item() if isinstance(weight, np.generic | Tensor) else weight for weight in weights]
+    for at, weight in enumerate(weights):
+        if not is_number(weight):
+            raise ValueError(f"{where}weight {at + 1} of {count} is {short(weight)}; weights must be finite numbers")
+    return [float(weight) for weight in weights]
 
 
 def check_fit(adapters: Sequence[Adapter], same_base: bool) -> None:
@@ -194,12 +199,15 @@ def check_size(rank: int | None, energy: float | None, budget: int | str | None)
     """At most one of the three that say how large the result may be.
 
     Raises:
-        ValueError: more than one, a rank that is not a whole number of at least 1, or an energy outside (0, 1].
+        ValueError: more than one, a rank that is not a whole number of at least 1 or is larger than the width of any
+            model, or an energy outside (0, 1].
     """
     if sum(value is not None for value in (rank, energy, budget)) > 1:
         raise ValueError("rank, energy and budget each say how large the result may be; give at most one")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if rank is not None and rank > _MOST_RANK:
+        raise ValueError(f"rank must be at most {_MOST_RANK}, got {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Shape
-from loraloom.experts import all_parameters
+from loraloom.experts import all_parameters, owner_of, parameters_of
 from loraloom.registry import UnknownName
+from loraloom.stream import OnDemand
 
 # What a LoRA configuration takes over from one of another kind.
 _COMMON = (
@@ -26,7 +27,8 @@ def one_scale(adapters: Sequence[Adapter]) -> bool:
     """Whether all configurations ask for the same scale of every module."""
     keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     asked = [[adapter.config.get(key) or None for key in keys] for adapter in adapters]
-    return all(scales == asked[0] for scales in asked)
+    told = [[list(held.items()) if isinstance(held, Mapping) else held for held in each] for each in asked]
+    return all(scales == told[0] for scales in told)
 
 
 def config_of(
@@ -49,7 +51,23 @@ def config_of(
         asked = [adapter.config[key] for adapter in adapters if adapter.config.get(key, off) != off]
         if asked:
             config[key] = asked[0]
+    if config.get("lora_bias"):
+        _check_bias(adapters)
     return config if kept else {**config, **_plain("lora" if as_lora else adapters[0].kind, shapes)}
+
+
+def _check_bias(adapters: Sequence[Adapter]) -> None:
+    """Refuse what PEFT gives no bias of B, where the result has one in every module."""
+    biased = {name for adapter in adapters if adapter.config.get("lora_bias") for name in adapter.modules}
+    for adapter in adapters:
+        for name in adapter.modules:
+            if name not in biased and (
+                parameters_of(adapter.config, owner_of(name)) or adapter.modules[name].embedding
+            ):
+                raise AdapterMismatch(
+                    f"{name}: another adapter of the merge has a bias of B (lora_bias), which PEFT then wants in every"
+                    " module and does not have for an embedding or a single parameter"
+                )
 
 
 def _plain(kind: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -63,8 +81,28 @@ def _plain(kind: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return {"r": usual, "rank_pattern": ranks, **scales, "init_lora_weights": True}
 
 
+def frozen_of(adapters: Sequence[Adapter]) -> list[str]:
+    """Whole tensors that change nothing: an adapted module's own weight, which PEFT stores, equal in all that hold it.
+
+    Example:
+        >>> from loraloom.adapter import Factors
+        >>> a = Adapter({}, {"head": Factors(torch.ones(1, 1), torch.ones(1, 1))}, {"head.weight": torch.ones(1)})
+        >>> frozen_of([a, a])
+        ['head.weight']
+    """
+
+    def agreed(path: str) -> bool:
+        holders = [adapter for adapter in adapters if path in adapter.extras]
+        if not all(path.endswith(".weight") and path.removesuffix(".weight") in one.modules for one in holders):
+            return False
+        pairs = ((holders[0].extras[path], other.extras[path]) for other in holders[1:])
+        return all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
+
+    return [path for path in dict.fromkeys(path for one in adapters for path in one.extras) if agreed(path)]
+
+
 def extras_of(adapters: Sequence[Adapter], weights: Sequence[float], how: str) -> Mapping[str, Tensor]:
-    """Whole tensors of the result: those of the one adapter that holds some, or weighted means.
+    """Whole tensors of the result: those of the one adapter that holds some, or weighted means; and frozen ones.
 
     Args:
         adapters: whose extras to take.
@@ -77,10 +115,12 @@ def extras_of(adapters: Sequence[Adapter], weights: Sequence[float], how: str) -
     """
     if how not in ("refuse", "average"):
         raise UnknownName("extras", how, ["refuse", "average"])
-    holders = [at for at, adapter in enumerate(adapters) if adapter.extras]
+    frozen = frozen_of(adapters)
+    owner = {path: next(one for one in adapters if path in one.extras) for each in adapters for path in each.extras}
+    names = [path for path in owner if path not in frozen]
+    holders = [at for at, adapter in enumerate(adapters) if any(name in adapter.extras for name in names)]
     if len(holders) <= 1:
-        return adapters[holders[0]].extras if holders else {}
-    names = list(dict.fromkeys(name for at in holders for name in adapters[at].extras))
+        return OnDemand(owner, lambda path: owner[path].extras[path])
     if how == "refuse":
         raise AdapterMismatch(
             f"{len(holders)} of {len(adapters)} adapters hold whole tensors ({', '.join(names[:3])}"
@@ -89,7 +129,8 @@ def extras_of(adapters: Sequence[Adapter], weights: Sequence[float], how: str) -
     if not weights:
         raise ValueError("weights that differ by module do not say how to average whole tensors of several adapters")
     held = {name: [at for at in holders if name in adapters[at].extras] for name in names}
-    return {name: _average(name, [(adapters[at].extras[name], weights[at]) for at in held[name]]) for name in names}
+    means = {name: _average(name, [(adapters[at].extras[name], weights[at]) for at in held[name]]) for name in names}
+    return {path: owner[path].extras[path] for path in frozen} | means
 
 
 def _average(name: str, held: Sequence[tuple[Tensor, float]]) -> Tensor:
