@@ -134,6 +134,19 @@ def test_concat_is_the_weighted_sum(fs: list[Factors], data: st.DataObject) -> N
     assert total.rank == sum(f.rank for f in fs) and total.scale == 1.0
 
 
+@pytest.mark.parametrize("by", [0.5, 1e-3, -1e-6])
+def test_a_small_scale_does_not_take_b_below_the_numbers_of_float16(by: float) -> None:
+    f = drawn(20, 10, 4, 1.0, 0)
+    f = replace(f, B=(f.B / 1e3).half(), A=f.A.half(), bias=(f.B[:, 0] / 1e3).half())
+    want = by * f.B.double() @ f.A.double()
+    for made in (f.scaled(by).baked(), concat([f], [by]), concat([f, f], [by / 2, by / 2]), concat([f, f], [by, 0.0])):
+        assert made.scale == 1.0 and made.A.dtype == made.B.dtype
+        assert (made.B.double() @ made.A.double() - want).norm() < 1e-3 * want.norm()
+    assert (f.scaled(by).baked().bias.double() - by * f.bias.double()).norm() < 1e-3 * abs(by) * f.bias.double().norm()
+    assert f.scaled(0.5).baked().dtype == concat([f], [0.0]).dtype == torch.float16
+    assert replace(f, B=f.B.bfloat16(), A=f.A.bfloat16()).scaled(by).baked().dtype == torch.bfloat16
+
+
 @LAW
 @given(factors(), st.integers(1, 9))
 def test_truncate_is_the_best_of_its_rank(f: Factors, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,60 @@ def test_a_head_that_only_one_file_repeats(tmp_path):
     save_file(held, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterMismatch, match=r"lm_head\.weight is not in .*base"):
         extract(tmp_path / "tuned", tmp_path / "base")
+
+
+def test_half_of_tied_weights_is_no_module(tmp_path):
+    tuned(llama(tied=True), tmp_path, "embed_tokens.weight", "q_proj.weight")
+    with pytest.raises(UnsupportedKind, match=r"embed_tokens\.weight cannot be a module: .*tied weights"):
+        extract(tmp_path / "tuned", tmp_path / "base", modules="q_proj,embed_tokens")
+
+
+def moved(folder: Path, start: dict[str, Tensor], config: dict | None = None) -> tuple[Path, Path]:
+    """Tuned and base model of these weights, all of which differ."""
+    folder.mkdir(exist_ok=True)
+    base, new = single(folder / "base", start), single(folder / "tuned", {k: v + 1 for k, v in start.items()})
+    for path in (base, new) if config else ():
+        (path / "config.json").write_text(json.dumps(config))
+    return new, base
+
+
+def test_embeddings_in_a_list_are_embeddings_and_a_kernel_is_none(tmp_path):
+    layer = {"layers.0.fc.weight": torch.ones(2, 3)}
+    tables = {f"embed_tokens.{n}.weight": torch.ones(5, 2) for n in range(2)}
+    adapter = extract(*moved(tmp_path / "list", layer | tables), rest="ignore")
+    assert list(adapter.modules) == ["layers.0.fc"] and adapter.provenance["record"]["ignored"] == list(tables)
+    named = extract(*moved(tmp_path / "named", tables), modules="embed_tokens.0", rest="ignore").modules
+    assert named["embed_tokens.0"].embedding and named["embed_tokens.0"].shape[:2] == (2, 5)
+    patches = extract(
+        *moved(tmp_path / "patches", {"patch_embedding.weight": torch.ones(4, 3, 2, 2)}), modules=["patch_embedding"]
+    )
+    factors = patches.modules["patch_embedding"]
+    assert factors.kernel == (3, 2, 2) and not factors.embedding and patches.shape("patch_embedding") == factors.shape
+
+
+# weights beside an ordinary one, configuration
+UNHELD = {
+    "depthwise": ({f"layers.{n}.conv.weight": torch.ones(4, 1, 3) for n in range(2)}, {}, "grouped"),
+    "router": ({"layers.0.mlp.gate.weight": torch.ones(4, 3)}, {"text_config": {"num_experts": 4}}, "router"),
+    "mamba": ({"layers.0.mixer.out_proj.weight": torch.ones(4, 4)}, {"model_type": "mamba"}, "Mamba"),
+}
+
+
+@pytest.mark.parametrize("case", UNHELD)
+def test_what_peft_cannot_adapt_is_no_module(case, tmp_path):
+    weights, config, why = UNHELD[case]
+    new, base = moved(tmp_path, {"layers.0.fc.weight": torch.ones(2, 3)} | weights, config)
+    with pytest.raises(AdapterMismatch, match="parameters differ that no module holds"):
+        extract(new, base)
+    adapter = extract(new, base, rest="ignore")
+    assert list(adapter.modules) == ["layers.0.fc"] and adapter.provenance["record"]["ignored"] == list(weights)
+    with pytest.raises(UnsupportedKind, match=f"cannot be a module: .*{why}"):
+        extract(new, base, modules=next(iter(weights)).split(".")[-2])
+
+
+def test_a_convolution_of_the_only_input_channel_is_an_ordinary_one(tmp_path):
+    new, base = moved(tmp_path, {f"layers.{n}.conv.weight": torch.ones(4, 4**n, 3) for n in range(2)})
+    assert len(extract(new, base).modules) == 2
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from loraloom.ops.compress import compress
 from loraloom.ops.merge import merge
 from loraloom.ops.prune import prune
 from loraloom.store import load, save
+from loraloom.strategies.sparse import calibrate
 from test_checkpoint import single
 
 pytestmark = [
@@ -113,3 +114,14 @@ def test_what_cannot_be_is_refused(tmp_path):
     live.save_pretrained(tmp_path / "d")
     with pytest.raises(UnsupportedKind, match="grouped convolution with DoRA"):
         load(tmp_path / "d")
+
+
+def test_a_mask_is_of_the_entries_of_b(tmp_path):
+    live = made(tmp_path / "a", 1)
+    adapter = load(tmp_path / "a")
+    mask = calibrate(adapter, density=0.5, scope="module")
+    stored = live.base_model.model.conv.lora_B["default"].weight.detach().flatten(1)
+    assert mask.shapes == {"conv": tuple(stored.shape), "head": (3, 2)}
+    kept = stored.abs() >= stored.abs().flatten().sort(descending=True).values[stored.numel() // 2 - 1]
+    assert torch.equal(mask["conv"], kept)
+    assert not (mask["conv"] & calibrate(adapter, density=0.5, scope="module", exclude=mask)["conv"]).any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def test_no_thread_is_left_and_the_callers_threads_stay():
     stopped.close()
     assert inside == [1] * 4 and torch.get_num_threads() == before
     assert set(threading.enumerate()) == threads
+
+
+@pytest.mark.parametrize("taken", [1, 4])
+def test_threads_that_are_started_later_compute_as_before(taken):
+    before, counts = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with closing(ahead(lambda n: n, range(4))) as made:
+            for _ in range(taken):
+                next(made)
+        later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        later.start(), later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [3]
 
 
 def test_no_thread_is_left_where_what_was_made_cannot_be_used(tmp_path, monkeypatch):

@@ -126,13 +126,20 @@ class Factors:
         """The same delta with ``scale`` 1: it is multiplied into B (and the bias)."""
         if self.scale == 1.0:
             return self
-        bias = None if self.bias is None else self.bias * self.scale
-        return replace(self, B=self.B * self.scale, bias=bias, scale=1.0)
+        b, bias = _times(self.B, self.scale), None if self.bias is None else _times(self.bias, self.scale)
+        return replace(self, B=b, A=self.A.to(b.dtype), bias=bias, scale=1.0)
 
     def to(self, device: torch.device | str) -> Factors:
         """The same factors on another device."""
         bias, magnitude = (None if held is None else held.to(device) for held in (self.bias, self.magnitude))
         return replace(self, B=self.B.to(device), A=self.A.to(device), bias=bias, magnitude=magnitude)
+
+
+def _times(b: Tensor, by: float) -> Tensor:
+    """B times a number, in float32 where float16 would lose more to its smallest numbers than to rounding."""
+    small = b.dtype == torch.float16 and b.numel() > 0 and abs(by) < 1
+    wide = small and 0 < abs(by) * float(b.abs().max()) < 2.0**-12
+    return (b.float() if wide else b) * by
 
 
 def concat(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -152,14 +159,8 @@ def concat(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     sizes = {part.shape[:2] for part in parts}
     if len(sizes) > 1:
         raise AdapterMismatch(f"deltas of different sizes do not add: {sorted(sizes)}")
-    dtype = parts[0].dtype
-    shares = [weight * part.scale for part, weight in zip(parts, weights, strict=True)]
-    columns = [part.B.to(dtype) for part in parts]
-    if len(set(shares)) == 1:
-        b = torch.cat(columns, dim=1).mul_(shares[0])
-    else:
-        b = torch.cat([share * column for share, column in zip(shares, columns, strict=True)], dim=1)
-    a = torch.cat([part.A.to(dtype) for part in parts], dim=0)
+    b = torch.cat([_times(p.B.to(parts[0].dtype), w * p.scale) for p, w in zip(parts, weights, strict=True)], dim=1)
+    a = torch.cat([part.A.to(b.dtype) for part in parts], dim=0)
     return Factors(B=b, A=a, kernel=parts[0].kernel, embedding=parts[0].embedding)
 
 

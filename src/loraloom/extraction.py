@@ -29,10 +29,12 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# Two-dimensional weights of these names are embeddings: a table of rows, which PEFT adapts in another form.
+# Two-dimensional weights of these names, or in a list of that name, are embeddings: PEFT adapts them in another form.
 _EMBEDDING = re.compile(
     r"(^|_)(embed|embedding|embeddings|embed_(tokens|positions|in))$|^(wte|wpe|shared)$|attention_bias$"
 )
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT refuses two layers of theirs
 _ROUNDING = 3e-7  # singular values below this share of the largest are rounding of float32
 
 
@@ -50,7 +52,9 @@ def extract(
 
     Every linear and convolutional weight in a numbered layer that differs becomes a module, or those that ``modules``
     names (embeddings too). The difference is taken in float32 (float64 where that is stored) and cut by SVD. Where one
-    model is stored in fewer bits, what differs by that rounding alone counts as equal.
+    model is stored in fewer bits, what differs by that rounding alone counts as equal. Names, sizes and the
+    configuration tell which weights PEFT cannot adapt; convolutions of groups of several channels look like others, and
+    PEFT does not load them.
 
     Args:
         tuned: folder of the fine-tuned model.
@@ -70,7 +74,8 @@ def extract(
         AdapterMismatch: parameters of one model that the other does not have or has in another size, or a difference
             that is not a module while ``rest`` is ``refuse``.
         UnsupportedKind: a parameter to keep that PEFT cannot hold: an embedding that is the output head too, one that
-            Transformers makes of several, or one that is in no layer of its own.
+            Transformers makes of several, or one that is in no layer of its own. A weight that ``modules`` names and
+            PEFT cannot adapt: such an embedding, depthwise convolutions, routers of experts, some layers of Mamba.
         ValueError: rank and energy both, or out of range; nothing differs; a weight is not finite (when read).
         UnknownName: a module that is not there; ``rest`` is none of the three.
 
@@ -102,14 +107,14 @@ def extract(
 
     def read(name: str) -> Factors:
         difference = _difference(new, old, keys[name]).to(device or "cpu")
-        factors, error = _factors(difference, _is_turned(old, name), wanted, energy)
+        factors, error = _factors(difference, _is_turned(old, keys[name], name), wanted, energy)
         note(record, name, error, factors)
-        return replace(factors.to("cpu"), embedding=_is_embedding(name))
+        return replace(factors.to("cpu"), embedding=_is_embedding(old, keys[name]))
 
     def shape(name: str) -> Shape:
         sizes = old.shape(keys[name])
         out, in_ = sizes[0], torch.Size(sizes[1:]).numel()
-        out, in_ = (in_, out) if _is_turned(old, name) else (out, in_)
+        out, in_ = (in_, out) if _is_turned(old, keys[name], name) else (out, in_)
         return Shape(out, in_, min(wanted, out, in_)) if wanted is not None else cached(name)
 
     cached = cache(lambda name: read(name).shape)
@@ -164,12 +169,29 @@ def _kept(old: Checkpoint, others: Sequence[str], names: Sequence[str]) -> dict[
     return kept
 
 
-def _is_embedding(name: str) -> bool:
-    return _EMBEDDING.search(name.rpartition(".")[2]) is not None
+def _is_embedding(old: Checkpoint, key: str) -> bool:
+    name = re.sub(r"(\.\d+)?\.weight$", "", key)
+    return len(old.shape(key)) == 2 and _EMBEDDING.search(name.rpartition(".")[2]) is not None
 
 
-def _is_turned(old: Checkpoint, name: str) -> bool:
-    return _is_embedding(name) or is_conv1d(old.config, name)
+def _is_turned(old: Checkpoint, key: str, name: str) -> bool:
+    return _is_embedding(old, key) or is_conv1d(old.config, name)
+
+
+def _why_not(old: Checkpoint, key: str) -> str | None:
+    """Why PEFT cannot adapt a weight, if its name, its size or the configuration tells."""
+    shape, last = old.shape(key), key.split(".")[-2]
+    parts = [old.config, *(part for part in old.config.values() if isinstance(part, dict))]
+    if old.tied(key):
+        return "it is the output head too (tied weights)"
+    if last in ("gate", "router") and shape[0] in [part.get(name) for part in parts for name in _EXPERTS]:
+        return "it is a router of experts, which PEFT adapts in few models and at one rank"
+    if last in ("conv1d", "out_proj") and old.config.get("model_type") in _MAMBA:
+        return "PEFT refuses this layer of Mamba"
+    narrow = (len(old.shape(other)) > 2 and old.shape(other)[1] == 1 for other in old)
+    if len(shape) > 2 and shape[1] == 1 and sum(narrow) > 1:  # only the first layer of a model sees one channel
+        return "it is a grouped convolution, whose weight has no factors of the sizes that PEFT holds"
+    return None
 
 
 def _check_pair(new: Checkpoint, old: Checkpoint) -> None:
@@ -202,8 +224,8 @@ def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | No
     ends = [end.strip() for end in modules.split(",")] if isinstance(modules, str) else modules
     layered = [key for key in old if key.endswith(".weight") and len(old.shape(key)) >= 2]
     if ends is None:
-        layered = [key for key in layered if not _is_embedding(key.removesuffix(".weight"))]
-        chosen = {key for key in layered if re.search(r"(^|\.)\d+\.", key)}
+        layered = [key for key in layered if re.search(r"(^|\.)\d+\.", key) and not _is_embedding(old, key)]
+        chosen = {key for key in layered if _why_not(old, key) is None}
     else:
         chosen = set()
         for end in ends:
@@ -212,6 +234,9 @@ def _changed(new: Checkpoint, old: Checkpoint, modules: str | Sequence[str] | No
                 raise UnknownName("module", end, sorted({key.split(".")[-2] for key in layered if "." in key}))
             chosen |= found
     differs = [key for key in old if key in new and not _same(new[key], old[key])]
+    for key in differs:
+        if key in chosen and (why := _why_not(old, key)) is not None:
+            raise UnsupportedKind(f"{key} cannot be a module: {why}")
     live = {key: old.live_name(key) for key in differs if key in chosen}
     names = {name.removesuffix(".weight"): key for key, name in live.items() if name is not None}
     if not names:

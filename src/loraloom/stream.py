@@ -47,7 +47,8 @@ def ahead(
     """Each item with what is made of it, in order; up to ``depth`` are made beforehand.
 
     Threads that make results compute with one torch thread each: several small products side by side are faster than
-    one after the other on all cores, and the threads of the caller are left as they are.
+    one after the other on all cores. Torch takes that for all threads that begin meanwhile; at the end it is the
+    caller's number for new ones again.
 
     An error is raised where its item would have come; no thread is left behind, and nothing more is begun. Close it
     (``contextlib.closing``) where the block that takes the results may fail: the garbage collector would wait for the
@@ -65,16 +66,19 @@ def ahead(
     """
     waiting: deque[tuple[T, Future[R]]] = deque()
     rest = iter(items)
-    with ThreadPoolExecutor(workers, "loraloom-ahead", torch.set_num_threads, (1,)) as pool:
-        try:
-            for item in rest:
-                waiting.append((item, pool.submit(make, item)))
-                if len(waiting) >= depth:
+    try:
+        with ThreadPoolExecutor(workers, "loraloom-ahead", torch.set_num_threads, (1,)) as pool:
+            try:
+                for item in rest:
+                    waiting.append((item, pool.submit(make, item)))
+                    if len(waiting) >= depth:
+                        first, made = waiting.popleft()
+                        yield first, made.result()
+                while waiting:
                     first, made = waiting.popleft()
                     yield first, made.result()
-            while waiting:
-                first, made = waiting.popleft()
-                yield first, made.result()
-        finally:
-            for _, made in waiting:
-                made.cancel()
+            finally:
+                for _, made in waiting:
+                    made.cancel()
+    finally:
+        torch.set_num_threads(torch.get_num_threads())  # of threads that begin later: the pool's have set it to one

@@ -196,6 +196,51 @@ def test_iso_has_a_flat_spectrum_of_the_true_rank():
     assert np.allclose(s[:4], s[0]) and np.allclose(s[4:], 0, atol=1e-9)
 
 
+def in_type(adapter, dtype):
+    modules = {name: replace(f, B=f.B.to(dtype), A=f.A.to(dtype)) for name, f in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
+def sum_of(adapters):
+    return sum(delta(one.modules["layers.0.q"]) for one in adapters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("space", ["core", "delta"])
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts"])
+@pytest.mark.parametrize("size", [{"rank": 6}, {"energy": 0.5}, {"budget": "0.5x"}])
+def test_a_cut_of_a_flat_spectrum_keeps_the_largest_directions_whatever_rounding_says(name, space, size, dtype):
+    adapters = [in_type(random_adapter(seed, {"layers.0.q": (40, 30, 4)}), dtype) for seed in (1, 2, 3)]
+    merged = merge(adapters, name, [1.0] * 3, space=space, **size)
+    cut = delta(merged.modules["layers.0.q"])
+    assert merged.provenance["record"]["error"]["layers.0.q"] == pytest.approx(0.5**0.5, rel=1e-3)
+    again = delta(merge(adapters, name, [1 + 1e-6, 1 - 1e-6, 1.0], space=space, **size).modules["layers.0.q"])
+    assert np.linalg.norm(again - cut) < 0.05 * np.linalg.norm(cut)
+    if name == "iso_c":
+        u = np.linalg.svd(sum_of(adapters))[0][:, :6]
+        assert np.linalg.norm(u.T @ cut) > 0.999 * np.linalg.norm(cut)
+
+
+def test_a_cut_of_a_flat_spectrum_keeps_the_largest_directions_of_a_large_update():
+    adapters = [in_type(random_adapter(seed, {"layers.0.q": (600, 520, 20)}), torch.float32) for seed in (1, 2, 3)]
+    cut = delta(merge(adapters, "iso_c", [1.0] * 3, space="delta", rank=20).modules["layers.0.q"])
+    u = np.linalg.svd(sum_of(adapters))[0][:, :20]
+    assert np.linalg.norm(u.T @ cut) > 0.999 * np.linalg.norm(cut)
+
+
+def test_cart_keeps_directions_of_equal_size_together():
+    """With one A the right parts of KnOTS deviate from their mean by singular values that are equal in pairs."""
+    adapters = [random_adapter(seed, {"layers.0.q": (20, 14, 3)}) for seed in (1, 2, 3)]
+    a = adapters[0].modules["layers.0.q"].A.float()
+    shared = [replace(one, modules={n: replace(f, A=a.double()) for n, f in one.modules.items()}) for one in adapters]
+    merged = (
+        merge([in_type(one, dtype) for one in shared], "cart", [0.5, 0.3, 0.2], space="knots")
+        for dtype in (torch.float32, torch.float64)
+    )
+    single, double = (delta(one.modules["layers.0.q"]) for one in merged)
+    assert np.linalg.norm(single - double) < 1e-4 * np.linalg.norm(double)
+
+
 def test_ctm_has_the_rank_of_one_adapter_by_construction():
     adapters = [random_adapter(seed, {"layers.0.q": (40, 30, 3)}) for seed in (1, 2, 3)]
     for knobs in ({}, {"inner": "ties", "density": None}):

@@ -391,6 +391,29 @@ def test_a_module_that_keeps_no_direction_counts_as_lost():
     assert total(pruned.provenance["record"]) == pytest.approx((81 / 181) ** 0.5)
 
 
+@pytest.mark.parametrize("by", ["magnitude", "random"])
+def test_directions_of_hira_stay_at_one_rank_that_peft_loads(tmp_path, by):
+    a = random_adapter(1, {f"h.{n}.q": (6, 5, 3) for n in range(3)}, peft_type="HIRA", target_modules=["q"])
+    pruned = prune(a, density=0.55, unit="rank", by=by)
+    again = load(save(pruned, tmp_path / "pruned"))
+    assert len({again.shape(name).rank for name in again.modules}) == 1
+    ranks = [int(np.linalg.matrix_rank(delta(again.modules[name]))) for name in again.modules]
+    assert len(set(ranks)) > 1 and sum(ranks) == pruned.provenance["record"]["directions_kept"] == 5
+    assert all(pruned.shape(name) == pruned.modules[name].shape == again.shape(name) for name in again.modules)
+
+
+def test_all_directions_are_the_adapter_as_it_is():
+    a = random_adapter(1, {"h.0.q": (6, 5, 3), "h.1.q": (6, 5, 3)}, scale=2.0)
+    a = replace(a, modules={**a.modules, "h.2.q": Factors(torch.zeros(6, 3), torch.ones(3, 5))})
+    pruned = prune(a, density=1, unit="rank")
+    assert list(pruned.modules) == list(a.modules)
+    for name, factors in a.modules.items():
+        got = pruned.modules[name]
+        assert pruned.shape(name) == got.shape and got.scale == factors.scale
+        assert torch.equal(got.B, factors.B) and torch.equal(got.A, factors.A)
+    assert set(pruned.provenance["record"]["error"].values()) == {0.0}
+
+
 def test_directions_at_random_are_seeded_parts_of_the_update():
     one, two, other = (prune(THREE, density=0.6, unit="rank", by="random", seed=seed).loaded() for seed in (0, 0, 3))
     assert all(torch.equal(one.modules[n].B, two.modules[n].B) for n in one.modules)
@@ -459,6 +482,9 @@ REFUSED = [
     (TWELVE, {"density": 0.5, "unit": "layer", "by": {"layers.77": 1.0}}, UnknownName, "layer 'layers.77'"),
     (TWELVE, {"density": 0.5, "unit": "layer", "by": {"model.layers.0": float("nan")}}, ValueError, "finite numbers"),
     (TWELVE, {"pattern": "4:2"}, ValueError, "expected N:M"),
+    (TWELVE, {"pattern": "1:99999999999"}, ValueError, "expected N:M with 1 <= N <= M <= 1024"),
+    (TWELVE, {"keep": "0", "unit": "rank"}, ValueError, "unit, by and scope go with density"),
+    (TWELVE, {"modules": "q", "by": "random"}, ValueError, "unit, by and scope go with density"),
     (TWELVE, {"pattern": "2-4"}, ValueError, "expected N:M"),
     (TWELVE, {"pattern": "2:4", "density": 0.5}, ValueError, "either keep and/or modules"),
     (TWELVE, {"pattern": "2:4", "unit": "layer"}, ValueError, "pattern goes with unit='entry'"),

@@ -7,11 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraloom.adapter import padded
+from loraloom.ops.spectrum import triples
 
 _SMALL = 512  # up to here a full SVD takes a fraction of a second
 _OVER = 16  # more directions than are asked for: the last of them converge slowly
 _ROUNDS = 6
 _GAIN = 1e-4  # iteration stops when the next round would add less than this share of the energy that is kept
+_OUTSIDE = 1e-5  # a share of a matrix that is rounding
 
 
 def low_rank(
@@ -19,11 +21,11 @@ def low_rank(
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], float]:
     """Factors of a dense matrix at a rank, and their exact relative error.
 
-    Up to 512 on the smaller side, or where the rank is a quarter of it, the best of that rank by SVD. Otherwise block
-    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from ``start`` and random directions, until the
-    next round would add less than 1e-4 of the energy that is kept (as the gains of the last two tell), at most 6
-    rounds: near the best, and deterministic. The singular values are split evenly, ``B = U sqrt(S)``; zero columns fill
-    up to the rank.
+    Up to 512 on the smaller side, where the rank is a quarter of it, or where the columns of ``start`` span the
+    matrix, the best of that rank by SVD. Otherwise block subspace iteration (Halko, Martinsson and Tropp 2011,
+    algorithm 4.4) from ``start`` and random directions, until the next round would add less than 1e-4 of the energy
+    that is kept (as the gains of the last two tell), at most 6 rounds: near the best, and deterministic. The singular
+    values are split evenly, ``B = U sqrt(S)``; zero columns fill up to the rank.
 
     Args:
         dense: out x in, finite.
@@ -39,8 +41,9 @@ def low_rank(
         (tensor([0., 4.]), 0.6)
     """
     size = min(dense.shape)
-    if size <= _SMALL or 4 * rank >= size:
-        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+    found = None if start is None or not rank <= start.shape[1] < size else _spanned(dense, start)
+    if found is not None or size <= _SMALL or 4 * rank >= size:
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False) if found is None else found
         total, tail = float(s.norm()), float(s[rank:].norm())
         error = tail / total if total > 0 else 0.0
     else:
@@ -51,6 +54,17 @@ def low_rank(
     if error < 0:
         error = _error(dense, b, a, s[:rank])
     return padded(b, rank), padded(a.T, rank).T, error
+
+
+def _spanned(dense: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Singular triples of a matrix that lies in the span of the columns of ``start``; None where a look says no."""
+    q = torch.linalg.qr(start.double()).Q.to(dense)
+    generator = torch.Generator().manual_seed(0)
+    seen = dense @ torch.randn(dense.shape[1], 4, generator=generator, dtype=dense.dtype).to(dense.device)
+    if (seen - q @ (q.T @ seen)).norm() > _OUTSIDE * seen.norm():
+        return None
+    left, values, right = (each.to(dense) for each in triples(q.T @ dense, 10 * torch.finfo(dense.dtype).eps))
+    return q @ left, values, right.T
 
 
 def _iterated(dense: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from loraloom.ops.spaces import refactor
 from loraloom.registry import UnknownName
 
 SPACES = ("factors", "balanced", "delta")
+_MOST_OF = 1024  # neighbours of a pattern; hardware knows 4
 
 
 def _magnitude(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -59,8 +60,8 @@ class Entries:
             raise ValueError(f"rank must be at least 1 and goes with space='delta', got {self.rank} in {self.space!r}")
         if self.pattern is not None:
             match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-            if match is None or not 1 <= int(match[1]) <= int(match[2]):
-                raise ValueError(f"pattern {self.pattern!r}: expected N:M with 1 <= N <= M, such as 2:4")
+            if match is None or not 1 <= int(match[1]) <= int(match[2]) <= _MOST_OF:
+                raise ValueError(f"pattern {self.pattern!r}: expected N:M with 1 <= N <= M <= {_MOST_OF}, such as 2:4")
         elif self.density is not None and self.density < 1 and round(self.density * self.total) < 1:
             raise ValueError(f"density={self.density} keeps none of the {self.total} entries")
         if self.space == "delta" and self.adapter.kind == "hira":

@@ -157,5 +157,7 @@ def _check(
         raise UnknownName("by", by, ["magnitude", "random", "scores by unit"])
     if not isinstance(by, str) and unit not in ("layer", "module"):
         raise ValueError(f"scores by name go with unit='layer' or 'module', not {unit!r}")
+    if named and (unit, by, scope) != ("entry", "magnitude", "model"):
+        raise ValueError("unit, by and scope go with density: keep and modules name what stays")
     if pattern is not None and unit != "entry":
         raise ValueError(f"pattern goes with unit='entry', not {unit!r}")

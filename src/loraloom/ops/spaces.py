@@ -168,7 +168,8 @@ def in_delta(parts: Parts, request: Request) -> tuple[Factors, float | None]:
         used = [c for part, c in zip(parts, _shares(request), strict=True) if part is not None]
         dtype = working if request.cut else stored
         cast = [replace(part, B=part.B.to(dtype), A=part.A.to(dtype)) for part in present]
-        return _cut(replace(concat(cast, used), bias=_bias(parts, scales, request)), stored, request)
+        whole = replace(concat(cast, used), bias=_bias(parts, scales, request))
+        return _cut(whole, stored, request) if request.cut else (whole, None)  # float16 may have become float32
     if request.by_rows and request.dense is None:
         none = Product(present[0].B.new_zeros(present[0].shape.out, 0, dtype=working), present[0].A[:0].to(working))
         dense = _combined(Products([none if part is None else _product(part, working) for part in parts]), request)

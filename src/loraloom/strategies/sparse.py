@@ -166,7 +166,7 @@ def calibrate(
         raise UnknownName("scope", scope, list(SCOPES))
     excluded = union([exclude] if isinstance(exclude, Mask) else list(exclude))
     entries: Mapping[str, Tensor]
-    entries = _Trained(as_stored(source)) if isinstance(source, Adapter) else source
+    entries = _Trained(source) if isinstance(source, Adapter) else source
     shapes = entries.shapes if isinstance(entries, _Trained) else {n: (len(t), t.shape[1]) for n, t in entries.items()}
     if excluded is not None and dict(excluded.shapes) != dict(shapes):
         raise ValueError("an excluded mask is of other modules or ranks than the adapter")
@@ -197,11 +197,16 @@ def calibrate(
 
 
 class _Trained(Mapping[str, Tensor]):
-    """The B factors of an adapter by module, read when asked for."""
+    """The B factors of an adapter by module as they are stored, read when asked for."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
-        self.shapes = {name: (adapter.shape(name).out, adapter.shape(name).rank) for name in adapter.modules}
+        self._adapter = as_stored(adapter)
+        self.shapes = {name: self._size(name, adapter) for name in self._adapter.modules}
+
+    def _size(self, name: str, adapter: Adapter) -> tuple[int, int]:
+        if name not in adapter.modules:  # of several, such as the groups of a convolution: B is narrower than A is high
+            return len(self[name]), self[name].shape[1]
+        return adapter.shape(name).out, adapter.shape(name).rank
 
     def __getitem__(self, name: str) -> Tensor:
         return self._adapter.modules[name].B

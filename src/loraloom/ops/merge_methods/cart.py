@@ -23,8 +23,8 @@ def cart(
     """Mean plus truncated deviations from it (CART: Choi et al. 2024: centred arithmetic, rank-reduced).
 
     With the mean ``M = sum |w_i| D_i / sum |w_i|`` the result is ``sum_i w_i (M + k gain SVD_p(D_i - M))``, where SVD_p
-    keeps the ``ceil(density * rank)`` largest singular triples of a deviation. Equal weights 1/k give the paper's
-    ``M + lambda sum_i SVD_p(D_i - M)`` with ``gain`` for lambda.
+    keeps the ``ceil(density * rank)`` largest singular triples of a deviation, and those as large as the last of them.
+    Equal weights 1/k give the paper's ``M + lambda sum_i SVD_p(D_i - M)`` with ``gain`` for lambda.
 
     Args:
         deltas: the k updates, stacked.
@@ -45,6 +45,7 @@ def cart(
     for delta, weight in zip(deltas, weights, strict=True):
         apart = triples(delta - mean)
         if len(apart.values) and apart.values[0] > 1e-6 * float(delta.norm()):  # not just rounding
-            kept = apart.first(-int(-density * len(apart.values) // 1))
+            last = apart.values[-int(-density * len(apart.values) // 1) - 1]
+            kept = apart.first(int((apart.values > last * (1 - 1e-5)).sum()))
             total = total + (len(deltas) * gain * weight * kept.matrix()).to(deltas.dtype)
     return total

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraloom.ops.merge_methods import merge_methods
+from loraloom.ops.merge_methods.iso_c import flattened
 from loraloom.ops.spectrum import polar, triples
 
 
@@ -26,7 +27,8 @@ def iso_cts(
     its own (of halves the even one, at most R // k), the ``c = R - k o`` largest singular triples of the sum are the
     common ones: the authors' division, so that R directions are used. What the common ones leave of an update,
     ``w_t (D_t - U_c U_c^T D_t)``, gives its o largest triples. All left vectors together, and all right ones, are
-    replaced by the nearest orthonormal sets; every singular value becomes the mean of all.
+    replaced by the nearest orthonormal sets; every singular value becomes the mean of all. A cut keeps those that were
+    the largest (see :func:`loraloom.ops.merge_methods.iso_c.flattened`).
 
     Args:
         deltas: the k updates, stacked.
@@ -39,7 +41,7 @@ def iso_cts(
     Example:
         >>> a, b = torch.diag(torch.tensor([4.0, 2.0, 0.0])), torch.diag(torch.tensor([4.0, 0.0, 1.0]))
         >>> iso_cts(torch.stack([a, b]), torch.ones(2), common=0.3).diagonal()
-        tensor([3.6667, 3.6667, 3.6667])
+        tensor([3.6667, 3.6667, 3.6666])
     """
     if not 0 < common <= 1:
         raise ValueError(f"common must be in (0, 1], got {common}")
@@ -57,4 +59,4 @@ def iso_cts(
         return torch.zeros_like(deltas[0])
     left = polar(torch.cat([one.left for one in found], dim=1).to(deltas.dtype))
     right = polar(torch.cat([one.right for one in found], dim=1).to(deltas.dtype))
-    return (values.mean() * left @ right.T).to(deltas.dtype)
+    return (left * flattened(values, deltas.dtype) @ right.T).to(deltas.dtype)
