@@ -89,7 +89,7 @@ def test_tasks_of_the_harness(tmp_path: Path, task: str) -> None:
 LARGE: dict[str, tuple[dict[str, Any], str]] = {
     "runs": ({"axes": {name: list(range(99)) for name in "abc"}}, "make 15524784 runs; at most 100000"),
     "draws": ({"measure": {"coalitions": {"draws": 2**40}}}, "jobs; at most 1000000"),
-    "jobs": ({"measure": {"interpolate": {"at": [0.5] * 90_000}}}, "jobs; at most 1000000"),
+    "jobs": ({"measure": {"interpolate": {"at": [at / 90_000 for at in range(90_000)]}}}, "jobs; at most 1000000"),
     "threads": ({"threads": 2**40}, "threads"),
     "rates": ({"rates": [math.inf]}, "rates.0"),
     "seeds": ({"seeds": [2**64, 0]}, "seeds.0"),

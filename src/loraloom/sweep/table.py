@@ -54,7 +54,7 @@ class Points(_Strict):
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) != len(values):
-            raise ValueError(f"has a value twice: {list(values)}")
+            raise ValueError(f"has a value twice: {short(list(values))}")
         return values
 
 

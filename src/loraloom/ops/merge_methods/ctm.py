@@ -68,16 +68,20 @@ def ctm(
 
 
 def _subspaces(targets: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U and V of the Tucker-2 decomposition (higher-order orthogonal iteration), in the type of the targets."""
+    """U and V of the Tucker-2 decomposition (higher-order orthogonal iteration), in the type of the targets.
+
+    In float64 throughout: in float32 rounding decides in which round the gain is small enough, and U and V with it.
+    """
+    stored, targets = targets.dtype, targets.double()
     right, energy = _leading(targets.mT, rank), 0.0
     for _ in range(_ROUNDS):
         left = _leading(targets @ right, rank)
         right = _leading((left.T @ targets).mT, rank)
-        kept = float((left.T @ targets @ right).double().square().sum())
+        kept = float((left.T @ targets @ right).square().sum())
         if kept <= energy * (1 + 1e-6):
             break
         energy = kept
-    return left, right
+    return left.to(stored), right.to(stored)
 
 
 def _leading(stack: Tensor, rank: int) -> Tensor:
