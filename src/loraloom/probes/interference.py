@@ -198,6 +198,8 @@ def _told(kind: str, sums: Mapping[str, Tensor], angles: Angles, overlap: Tensor
     sizes = norms[:, None] * norms
     cosine = torch.where(sizes > 0, sums["gram"] / sizes, 0.0).clamp(-1, 1)
     cosine.diagonal().copy_((norms > 0).double())
+    tsv = sums["pairs"] / (sums["nuclear"][:, None] + sums["nuclear"])
+    tsv = torch.where((norms > 0)[:, None] != (norms > 0), 0.0, tsv)  # with nothing there is none, not its rounding
     grassmann = {
         pair: tuple(float(each.norm()) if len(each) else None for each in both) for pair, both in angles.items()
     }
@@ -215,7 +217,7 @@ def _told(kind: str, sums: Mapping[str, Tensor], angles: Angles, overlap: Tensor
         distance=_matrix(sums["apart"].sqrt()),
         angles=Spaces(*(_of_pairs(k, {pair: both[at] for pair, both in listed.items()}, ()) for at in (0, 1))),
         grassmann=Spaces(*(_of_pairs(k, {pair: both[at] for pair, both in grassmann.items()}, 0.0) for at in (0, 1))),
-        tsv=_matrix(sums["pairs"] / (sums["nuclear"][:, None] + sums["nuclear"]), 0.0),
+        tsv=_matrix(tsv, 0.0),
         tsv_all=float(sums["all"]),
         core=_matrix((sums["inside"] / energy[:, None]).clamp(max=1)),
         core_rest=_matrix((sums["rest"] / energy).clamp(max=1)[None])[0],
