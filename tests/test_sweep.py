@@ -24,6 +24,7 @@ from loraloom.recipe import parse
 from loraloom.run import bench_of
 from loraloom.store import load
 from loraloom.sweep.found import spread
+from loraloom.sweep.gaps import Gap
 from loraloom.sweep.operations import groups, operations
 from loraloom.sweep.plan import cells, phases, run_key, run_of, where
 from loraloom.sweep.results import summarised
@@ -366,6 +367,15 @@ def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dic
     assert rows["LoRA"] == (0.5, None, None, None, None, None) and rows["CoTo"][:2] == (0.75, 0.25)
     wanted = [spread({(0,): one, (1,): two})[1:] for one, two in ((0.15, 0.35), (0.2, 0.3))]
     assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in wanted for end in ends)
+    low, high = wanted[0]
+    assert panels["Arm by arm"].columns == ("measurement", "LoRA", "CoTo")
+    assert panels["Arm by arm"].rows == (("alone", "0.500", f"0.750 (+0.250 [{low:+.3f}, {high:+.3f}])"),)
+
+
+def test_a_gap_beyond_its_interval_is_marked() -> None:
+    told = [str(Gap(0.75, ends, ())) for ends in ((0.1, 0.0, 0.2), (0.1, 0.01, 0.19), (-0.1, -0.2, -0.01))]
+    assert [one[-1] for one in told] == [")", "▲", "▼"]
+    assert str(Gap(0.75, (0.0, None, None), ())) == "0.750 (+0.000)"
 
 
 def test_a_run_that_breaks_down_has_no_right_answer(recipe_content: dict, tmp_path: Path) -> None:  # noqa: F811

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from loraloom.report import Bars, Curve, Heatmap, Panel, Report, Series, Table
+from loraloom.report import Curve, Heatmap, Panel, Report, Series, Table
 from loraloom.sweep.found import Found, gap_of, means, rounded, spread
+from loraloom.sweep.gaps import OVER_SEEDS, gaps_over_tasks
 from loraloom.sweep.known import NOTHING, TIMES, Known
 from loraloom.sweep.operations import ALONE, operations
 from loraloom.sweep.plan import Cell, about, cells, column, where
@@ -19,10 +20,6 @@ from loraloom.sweep.table import Sweep
 from loraloom.sweep.work import Journal
 
 Place = tuple[tuple[str, ...], str]  # axes and task
-_OVER_SEEDS = (
-    "95 % interval by the jackknife (Student's where no two groups share a seed; none of too few seeds, or where all "
-    "are equal)"
-)
 
 
 def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int, known: Known = NOTHING) -> Report:
@@ -31,7 +28,7 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
     optional: list[Panel | None] = []
     if len(sweep.arms) > 1:
-        optional += _over_tasks(found, names) if len(sweep.tasks) > 1 else ()
+        optional += gaps_over_tasks(found, names)
         optional.append(_by_setting(found, names))
     optional.append(_barriers(found))
     panels = [_rates(found), *(panel for panel in optional if panel is not None), *_paths(found), *_densities(found)]
@@ -87,7 +84,7 @@ def _all(found: Found, names: Sequence[str]) -> Table:
         "Accuracy at the chosen rates",
         (*_columns(found.sweep), "measurement", "arm", "mean", "low", "high", "n"),
         tuple(rows),
-        note=f"On {found.sweep.measure.split}. Means of n seeds, or n groups of seeds; {_OVER_SEEDS}.",
+        note=f"On {found.sweep.measure.split}. Means of n seeds, or n groups of seeds; {OVER_SEEDS}.",
     )
 
 
@@ -106,60 +103,9 @@ def _against(found: Found, names: Sequence[str]) -> Table:
         (*_columns(found.sweep), "measurement", "arm", *told),
         tuple(rows),
         note=f"Accuracy on {found.sweep.measure.split} minus that of {reference} on the same examples and seeds, each "
-        f"arm at its own chosen rate. Over seeds: {_OVER_SEEDS}; over examples: a paired bootstrap for these seeds, "
+        f"arm at its own chosen rate. Over seeds: {OVER_SEEDS}; over examples: a paired bootstrap for these seeds, "
         "none for arms that are read from a page.",
     )
-
-
-def _over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
-    """Means over the tasks, and every arm's gap to the first one, as a table and as bars."""
-    sweep, reference = found.sweep, next(iter(found.sweep.arms))
-    rows = []
-    bars: dict[tuple[tuple[str, ...], str], list[tuple[str, Any]]] = {}
-    for axes, name, arm in product(dict.fromkeys(cell.axes for cell in found.chosen), names, sweep.arms):
-        pairs = [[found.by.get((found.at(a, axes, task), name), {}) for a in (arm, reference)] for task in sweep.tasks]
-        groups = [group for group in pairs[0][0] if all(group in one for pair in pairs for one in pair)]
-        if groups:
-            scores = np.array([[[one[group].mean() for group in groups] for one in pair] for pair in pairs])
-            gaps = scores[:, 0] - scores[:, 1]  # tasks x groups of seeds
-            over_seeds = spread(dict(zip(groups, gaps.mean(axis=0), strict=True)))
-            told = (*over_seeds, *spread({(at,): gap for at, gap in enumerate(gaps.mean(axis=1))})[1:])
-            place = _where(sweep, Cell(arm, axes, "", 0.0))[:-1]
-            rows.append((*place, name, arm, *rounded(scores[:, 0].mean(), *(told if arm != reference else [None] * 5))))
-            if arm != reference and told[1] is not None:
-                bars.setdefault((axes, arm), []).append((name, rounded(*told[:3])))
-    columns = (
-        "measurement",
-        "arm",
-        "mean",
-        f"minus {reference}",
-        "low, seeds",
-        "high, seeds",
-        "low, tasks",
-        "high, tasks",
-    )
-    yield Table(
-        "Over the tasks",
-        (*_columns(sweep)[:-1], *columns),
-        tuple(rows),
-        note=f"Accuracy on {sweep.measure.split}, averaged over the {len(sweep.tasks)} tasks. Over seeds, of the gap "
-        f"averaged over the tasks: {_OVER_SEEDS}. Over tasks, of the gap averaged over the seeds (what other tasks "
-        "would show): Student's 95 % interval.",
-    )
-    tables = list(dict.fromkeys(axes for axes, _ in bars))
-    for axes in tables:
-        series = []
-        for arm in sweep.arms:
-            if ends := bars.get((axes, arm)):
-                gap, low, high = zip(*(values for _, values in ends), strict=True)
-                series.append(Series(arm, tuple(name for name, _ in ends), gap, low, high))
-        yield Bars(
-            f"Gap to {reference} over the tasks" + (f": {', '.join(axes)}" if len(tables) > 1 else ""),
-            f"accuracy minus {reference}",
-            tuple(dict.fromkeys(str(name) for one in series for name in one.x)),
-            tuple(series),
-            note=f"Means over the tasks. Over seeds: {_OVER_SEEDS}.",
-        )
 
 
 def _by_setting(found: Found, names: Sequence[str]) -> Table | None:
@@ -215,7 +161,7 @@ def _barriers(found: Found) -> Table | None:
         (*_columns(found.sweep), "space", "arm", "height", "low", "high", "n"),
         tuple(rows),
         note="The most that accuracy on the path between two seeds lies below the line between its ends; below 0 the "
-        f"path is above the line at every point that was measured. Means of n pairs; {_OVER_SEEDS}.",
+        f"path is above the line at every point that was measured. Means of n pairs; {OVER_SEEDS}.",
     )
 
 
@@ -260,7 +206,7 @@ def _densities(found: Found) -> Iterator[Panel]:
             "share of the factors' entries kept, by magnitude",
             "accuracy",
             tuple(series),
-            note=f"Means over the tasks. Over seeds: {_OVER_SEEDS}.",
+            note=f"Means over the tasks. Over seeds: {OVER_SEEDS}.",
         )
 
 
