@@ -52,10 +52,8 @@ class Points(_Strict):
 
     @field_validator("at", "spaces")
     @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"has a value twice: {short(list(values))}")
-        return values
+    def _differ(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _once(values)
 
 
 class Tasks(_Strict):
@@ -149,19 +147,15 @@ class Sweep(_Strict):
             if "rates" not in keys:
                 continue
             try:
-                keys["rates"] = [*TypeAdapter(Rates).validate_python(keys["rates"])]
+                keys["rates"] = [*_once(TypeAdapter(Rates).validate_python(keys["rates"]), f"rates of arm {arm} ")]
             except ValidationError:
                 raise ValueError(f"rates of arm {arm} must be numbers above 0, got {short(keys['rates'])}") from None
-            if len(set(keys["rates"])) != len(keys["rates"]):
-                raise ValueError(f"rates of arm {arm} has a value twice: {keys['rates']}")
         return arms
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         for name in ("seeds", "rates", "tasks", "tuned_on"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} has a value twice: {list(values)}")
+            _once(getattr(self, name), f"{name} ")
         if stray := [seed for seed in self.tuned_on if seed not in self.seeds]:
             raise ValueError(f"tuned_on has seed {stray[0]}, which is not one of seeds {list(self.seeds)}")
         most = max([2 * bool(self.measure.interpolate), *(len(one.weights) for one in self.measure.merge)])
@@ -199,6 +193,12 @@ class Sweep(_Strict):
         each = 1 + points + draws + len(asked.merge) + len(asked.tasks) + len(asked.prune)
         if runs * each > MOST_JOBS:
             raise ValueError(f"measure makes up to {runs * each} jobs; at most {MOST_JOBS} are allowed")
+
+
+def _once(values: tuple[Any, ...], whose: str = "") -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{whose}has a value twice: {short(list(values))}")
+    return values
 
 
 def _names(key: str, value: Any) -> list[str]:
