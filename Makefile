@@ -18,6 +18,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/results/tables.py --check
 
 fix: $(READY)
 	$(BIN)/ruff check --no-cache --fix .
@@ -34,6 +35,7 @@ crash: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/results/tables.py
 
 # Tests of quantised bases: their packages (170 MB) lie beside the environment, where other tests do not see them.
 quantised: $(READY)

@@ -367,9 +367,9 @@ def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dic
     assert rows["LoRA"] == (0.5, None, None, None, None, None) and rows["CoTo"][:2] == (0.75, 0.25)
     wanted = [spread({(0,): one, (1,): two})[1:] for one, two in ((0.15, 0.35), (0.2, 0.3))]
     assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in wanted for end in ends)
-    low, high = wanted[0]
+    half = (wanted[0][1] - wanted[0][0]) / 2
     assert panels["Arm by arm"].columns == ("measurement", "LoRA", "CoTo")
-    assert panels["Arm by arm"].rows == (("alone", "0.500", f"0.750 (+0.250 [{low:+.3f}, {high:+.3f}])"),)
+    assert panels["Arm by arm"].rows == (("alone", "0.500", f"0.750 (+0.250 ± {half:.3f})"),)
 
 
 def test_a_gap_beyond_its_interval_is_marked() -> None:

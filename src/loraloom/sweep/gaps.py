@@ -34,7 +34,7 @@ class Gap:
         if low is None or high is None:
             return f"{self.mean:.3f} ({gap:+.3f})"
         mark = " ▲" if low > 0 else " ▼" if high < 0 else ""
-        return f"{self.mean:.3f} ({gap:+.3f} [{low:+.3f}, {high:+.3f}]){mark}"
+        return f"{self.mean:.3f} ({gap:+.3f} ± {(high - low) / 2:.3f}){mark}"
 
 
 Gaps = Mapping[tuple[str, str], Gap]  # by measurement and arm
@@ -84,7 +84,8 @@ def _by_arm(found: Found, gaps: Gaps, suffix: str) -> Table:
         f"Arm by arm{suffix}",
         ("measurement", reference, *others),
         tuple(rows),
-        note=f"{_on(found)}, each arm at its own chosen rate; in brackets minus {reference}, with its {OVER_SEEDS}. "
+        note=f"{_on(found)}, each arm at its own chosen rate; in brackets minus {reference} ± half of its "
+        f"{OVER_SEEDS}. "
         f"▲ better, ▼ worse than {reference} beyond that interval.",
     )
 

@@ -31,9 +31,8 @@ def summarised(sweep: Sweep, journal: Journal, *, seconds: float, processes: int
         optional += gaps_over_tasks(found, names)
         optional.append(_by_setting(found, names))
     optional.append(_barriers(found))
-    panels = [_rates(found), *(panel for panel in optional if panel is not None), *_paths(found), *_densities(found)]
-    panels += _maps(found, names)
-    panels.append(_time(found))
+    panels = [*(panel for panel in optional if panel is not None), *_paths(found), *_densities(found)]
+    panels += [*_maps(found, names), _rates(found), _time(found)]
     panels += [_against(found, names)] if len(sweep.arms) > 1 else []
     panels.append(_all(found, names))  # the longest ones last
     told = {
@@ -258,21 +257,24 @@ def _time(found: Found) -> Table:
 def _summary(found: Found) -> str:
     """What came out, in words that follow from the numbers alone."""
     sweep, reference = found.sweep, next(iter(found.sweep.arms))
-    read = "".join(f"; {arm} read from {source}" for arm, source in found.known.source.items())
+    pages: dict[str, list[str]] = defaultdict(list)
+    for arm, source in found.known.source.items():
+        pages[source].append(arm)
+    read = "".join(f"; {', '.join(arms)} read from {page}" for page, arms in pages.items())
     text = f"{len(found.jobs)} jobs{read}; {len(sweep.seeds)} seeds; learning rate of each arm chosen on validation."
     names = ["alone", *dict.fromkeys(operation.name for operation in operations(sweep))]
+    counts = []
     for arm in list(sweep.arms)[1:]:
         cells = [cell for cell in found.chosen if cell.arm == arm]
         gaps = [gap_of(found.by.get((c, name)), found.by.get((found.first(c), name))) for c in cells for name in names]
         ends = [(gap[1], gap[2]) for gap in gaps if gap is not None]
         told = [(low, high) for low, high in ends if low is not None and high is not None]
-        if not told:
-            continue
-        better, worse = sum(low > 0 for low, _ in told), sum(high < 0 for _, high in told)
-        text += (
-            f" Of {len(told)} measurements on several seeds {arm} is better than {reference} beyond the interval over "
-            f"seeds in {better}, worse in {worse}, and not told apart in {len(told) - better - worse}."
-        )
+        if told:
+            better, worse = sum(low > 0 for low, _ in told), sum(high < 0 for _, high in told)
+            counts.append(f"{arm} is better in {better} and worse in {worse} of {len(told)}")
+    if counts:
+        text += f" Beside {reference}, in measurements on several seeds, beyond the interval over seeds: "
+        text += f"{'; '.join(counts)}. The rest is not told apart."
     return text
 
 
