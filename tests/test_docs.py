@@ -86,6 +86,42 @@ def test_tables_are_whole_and_links_lead_somewhere(generate):
             assert target[1:] in anchors if target.startswith("#") else target in pages
 
 
+def _anchor(heading: str) -> str:
+    """What GitHub calls a heading in links."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()).replace(" ", "-")
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_and_headings_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(_anchor, headings), target
+
+
+def test_tables_of_results_are_as_their_pages_say(capsys):
+    tables = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "results" / "tables.py")
+    module = importlib.util.module_from_spec(tables)
+    sys.modules["tables"] = module  # dataclasses look their module up
+    tables.loader.exec_module(module)
+    assert module.main(["--check"]) == 0, capsys.readouterr().out
+    figure = {"LoRA": module.Figure(0.5, None, (None, None), (None, None))}
+    found = {("alone",): {**figure, "CoTo": module.Figure(0.6, 0.1, (0.04, 0.16), (-0.1, 0.3))}}
+    module.figures = {"here": found}.__getitem__
+    assert module.table("gaps", "here").splitlines()[-1] == "| alone | .500 | **+.100 [+.040, +.160]** |"
+    assert module.table("means", "here").splitlines()[-1] == "| alone | .500 | .600 ▲ |"
+    assert module.table("both", "here").splitlines()[-1].endswith("| **+.100 [+.040, +.160]** | [-.100, +.300] |")
+    with pytest.raises(ValueError, match="compares its arms with LoRA"):
+        module.table("gaps", "here", "CoTo", "LoRA")
+
+
 def test_check_fails_on_what_is_stale_and_writing_mends_it(generate, tmp_path, capsys):
     assert generate.main(["--check", "--folder", str(tmp_path)]) == 1
     assert generate.main(["--folder", str(tmp_path)]) == 0

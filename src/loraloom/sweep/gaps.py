@@ -85,8 +85,7 @@ def _by_arm(found: Found, gaps: Gaps, suffix: str) -> Table:
         ("measurement", reference, *others),
         tuple(rows),
         note=f"{_on(found)}, each arm at its own chosen rate; in brackets minus {reference} ± half of its "
-        f"{OVER_SEEDS}. "
-        f"▲ better, ▼ worse than {reference} beyond that interval.",
+        f"{OVER_SEEDS}. ▲ better, ▼ worse than {reference} beyond that interval.",
     )
 
 
