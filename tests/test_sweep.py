@@ -689,6 +689,17 @@ def scored(made: sweep.Sweep, journal: Journal) -> None:
         journal.put(job, {"scores": scores, "seconds": seconds, "broken": False, "took": 1.0})
 
 
+def test_gaps_of_many_arms_are_a_heat_map(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
+    arms = {f"alpha {alpha}": {"adapter.alpha": alpha} for alpha in (8, 1, 2, 3, 4, 5)}
+    made = sweep.read(written(tmp_path, recipe_content, arms=arms, tasks=["digits", "fashion-mnist"], measure={}))
+    journal = Journal(tmp_path / "journal")
+    scored(made, journal)
+    panels = {one.title: one for one in summarised(made, journal, seconds=1, processes=1).panels}
+    drawn = panels["Gap to alpha 8 over the tasks"]
+    assert (drawn.x, drawn.y) == (tuple(arms)[1:], ("alone",))
+    assert drawn.z == (tuple(row[3] for row in panels["Over the tasks"].rows if row[1] != "alpha 8"),)
+
+
 def test_an_arm_has_its_own_rates(tmp_path: Path, recipe_content: dict) -> None:  # noqa: F811
     made = three(tmp_path, recipe_content)
     assert (made.grid("LoRA"), made.grid("half")) == ((0.01, 0.03), (0.03, 0.1))

@@ -1,4 +1,4 @@
-"""Every arm against the first one, over the tasks of a table: a line a measurement, all the figures, and bars."""
+"""Every arm against the first one, over the tasks of a table: a line a measurement, all the figures, a drawing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from loraloom.report import Bars, Panel, Series, Table
+from loraloom.report import Bars, Heatmap, Panel, Series, Table
 from loraloom.sweep.found import Found, rounded, spread
 from loraloom.sweep.plan import Cell, where
 
@@ -16,6 +16,7 @@ OVER_SEEDS = (
     "95 % interval by the jackknife (Student's where no two groups share a seed; none of too few seeds, or where all "
     "are equal)"
 )
+MOST_BARS = 4  # beside each other; of more arms a heat map is drawn
 Axes = tuple[str, ...]
 Interval = tuple[float | None, ...]  # the middle and its ends, if it has any
 
@@ -41,7 +42,7 @@ Gaps = Mapping[tuple[str, str], Gap]  # by measurement and arm
 
 
 def gaps_over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
-    """Of every combination of axes a line a measurement; of several tasks all the figures and bars too."""
+    """Of every combination of axes a line a measurement; of several tasks all the figures and a drawing too."""
     tables = list(dict.fromkeys(cell.axes for cell in found.chosen))
     told = {axes: _gaps(found, axes, names) for axes in tables}
     suffix = {axes: f": {', '.join(axes)}" if len(tables) > 1 else "" for axes in tables}
@@ -49,7 +50,7 @@ def gaps_over_tasks(found: Found, names: Sequence[str]) -> Iterator[Panel]:
     if len(found.sweep.tasks) > 1:
         yield _figures(found, told)
         for axes in tables:
-            yield from _bars(found, told[axes], suffix[axes])
+            yield from _drawn(found, told[axes], suffix[axes])
 
 
 def _gaps(found: Found, axes: Axes, names: Sequence[str]) -> Gaps:
@@ -74,15 +75,15 @@ def _on(found: Found) -> str:
 
 
 def _by_arm(found: Found, gaps: Gaps, suffix: str) -> Table:
-    reference, *others = found.sweep.arms
+    reference = next(iter(found.sweep.arms))
     rows = []
     for name in dict.fromkeys(name for name, _ in gaps):
-        first = gaps.get((name, reference))
-        cells = (gaps.get((name, arm)) for arm in others)
-        rows.append((name, first and f"{first.mean:.3f}", *(gap and str(gap) for gap in cells)))
+        first, *rest = (gaps.get((name, arm)) for arm in found.sweep.arms)
+        told = (None if one is None else str(one) for one in rest)
+        rows.append((name, None if first is None else f"{first.mean:.3f}", *told))
     return Table(
         f"Arm by arm{suffix}",
-        ("measurement", reference, *others),
+        ("measurement", *found.sweep.arms),
         tuple(rows),
         note=f"{_on(found)}, each arm at its own chosen rate; in brackets minus {reference} ± half of its "
         f"{OVER_SEEDS}. ▲ better, ▼ worse than {reference} beyond that interval.",
@@ -108,8 +109,16 @@ def _figures(found: Found, told: Mapping[Axes, Gaps]) -> Table:
     )
 
 
-def _bars(found: Found, gaps: Gaps, suffix: str) -> Iterator[Bars]:
+def _drawn(found: Found, gaps: Gaps, suffix: str) -> Iterator[Panel]:
+    """Bars, or of many arms a heat map."""
     reference, *others = found.sweep.arms
+    names = tuple(dict.fromkeys(name for name, _ in gaps))
+    title, label = f"Gap to {reference} over the tasks{suffix}", f"accuracy minus {reference}"
+    if len(others) > MOST_BARS:
+        held = [[gaps.get((name, arm)) for arm in others] for name in names]
+        z = tuple(tuple(None if one is None else rounded(one.over_seeds[0])[0] for one in row) for row in held)
+        yield Heatmap(title, "", "", tuple(others), names, z, note="Means over the tasks.", z_label=label)
+        return
     series = []
     for arm in others:
         ends = {name: rounded(*gap.over_seeds) for (name, one), gap in gaps.items() if one == arm}
@@ -117,10 +126,7 @@ def _bars(found: Found, gaps: Gaps, suffix: str) -> Iterator[Bars]:
         if ends:
             series.append(Series(arm, tuple(ends), *zip(*ends.values(), strict=True)))
     if series:
-        yield Bars(
-            f"Gap to {reference} over the tasks{suffix}",
-            f"accuracy minus {reference}",
-            tuple(dict.fromkeys(str(name) for one in series for name in one.x)),
-            tuple(series),
-            note=f"Means over the tasks. Over seeds: {OVER_SEEDS}.",
-        )
+        shown = {name for one in series for name in one.x}
+        categories = tuple(name for name in names if name in shown)
+        note = f"Means over the tasks. Over seeds: {OVER_SEEDS}."
+        yield Bars(title, label, categories, tuple(series), note=note)
