@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraloom.tasks import load_task
+from loraloom.tasks import Task, load_task
 from loraloom.tasks.hub import HubTask
 from loraloom.tasks.splits import PARTS
 
@@ -87,6 +87,52 @@ def test_choices_as_a_list_and_labels_by_number(tmp_path: Path) -> None:
     assert all(e.label == int(str(e.content)[1:]) % 3 for part in PARTS for e in task.splits[part])
 
 
+def labelled(task: Task) -> set[tuple[int, str]]:
+    """The number in each content with the answer that it has."""
+    examples = [example for part in PARTS for example in task.splits[part]]
+    return {(int(str(e.content).strip("t")), e.choices[e.label]) for e in examples}
+
+
+def test_a_number_of_a_class_is_an_index_though_another_class_is_called_so(tmp_path: Path) -> None:
+    """Yelp's stars and folders of images are often called 1, 2, ...: class 1 is the second one."""
+    import datasets
+
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2", "3"])})
+    rows = {"text": [f"t{i}" for i in range(40)], "label": [i % 3 for i in range(40)]}
+    datasets.Dataset.from_dict(rows, features=names).save_to_disk(tmp_path / "data")
+    assert labelled(load_task(f"hub:{tmp_path / 'data'}")) == {(i, str(1 + i % 3)) for i in range(40)}
+
+
+def test_a_number_among_choices_that_are_texts_is_an_index_though_they_are_numerals(tmp_path: Path) -> None:
+    """MMLU's mathematics: choice 1 of 8, 2, 24, 1 is 2."""
+    options = ["8", "2", "24", "1"]
+    jsonl(tmp_path / "data/train.jsonl", [{"text": f"t{i}", "of": options, "label": i % 4} for i in range(40)])
+    task = load_task(f"hub:{tmp_path / 'data'}", choices="of")
+    assert labelled(task) == {(i, options[i % 4]) for i in range(40)}
+
+
+def test_a_number_among_choices_that_are_numbers_is_the_answer_itself(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "of": [3, 1, 2], "label": 1 + i % 3} for i in range(40)]
+    jsonl(tmp_path / "data/train.jsonl", rows)
+    task = load_task(f"hub:{tmp_path / 'data'}", choices="of")
+    assert labelled(task) == {(i, str(1 + i % 3)) for i in range(40)}
+
+
+@pytest.mark.parametrize(
+    ("first", "told", "expected"),
+    [
+        (1, {}, "123"),  # the values are the labels
+        (1, {"labels": ("3", "2", "1")}, "123"),  # the values are among the labels: they are the answers
+        (0, {"labels": ("1", "2", "3")}, "123"),  # 0 is not: they are indices, all of them
+        (0, {"labels": ("a", "b", "c")}, "abc"),
+    ],
+)
+def test_plain_numbers_are_answers_or_indices_all_alike(tmp_path: Path, first: int, told: dict, expected: str) -> None:
+    jsonl(tmp_path / "data/train.jsonl", [{"text": f"t{i}", "label": first + i % 3} for i in range(40)])
+    task = load_task(f"hub:{tmp_path / 'data'}", **told)
+    assert labelled(task) == {(i, expected[i % 3]) for i in range(40)}
+
+
 def test_images(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -121,6 +167,19 @@ def test_refusals(tmp_path: Path, told: dict, message: str) -> None:
         load_task(f"hub:{tmp_path / 'data'}", **told)
     assert "\n" not in str(error.value)
     assert str(tmp_path / "data") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(None, "column 'label' has rows without a label"), ([1], r"column 'label' holds no single labels, but List")],
+)
+@pytest.mark.parametrize("told", [{}, {"labels": ("no", "yes")}])
+def test_labels_that_are_none_are_refused(tmp_path: Path, label: object, message: str, told: dict) -> None:
+    kind = label if label is None else [0]
+    rows = [{"text": f"t{i}", "label": label if i == 3 else (kind if kind else i % 2)} for i in range(40)]
+    jsonl(tmp_path / "data/train.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        load_task(f"hub:{tmp_path / 'data'}", **told)
 
 
 def test_no_such_data_set(tmp_path: Path) -> None:

@@ -127,13 +127,14 @@ def hub_rows(task: HubTask) -> Found:
     media = {"image": task.content} if alone else task.media
     parts = {part: media_files.undecoded(data, media) for part, data in parts.items()}
     labels = () if task.choices or task.answer else task.labels or _labels(task, features[task.label], parts["train"])
+    numbered = not task.answer and _numbered(task, features[task.label], parts["train"], labels)
     rows: list[Row] = []
     where: list[tuple[str, int]] = []
     answers: list[tuple[tuple[str, ...], int]] = []
     for part, data in parts.items():
         plain = data.select_columns(list(task.columns()))
         for i, record in enumerate(plain):
-            choices, label = _answer(task, record, labels)
+            choices, label = _answer(task, record, labels, numbered)
             text = [] if alone or not task.content else [normal(_text(task.content, record))]
             content = "\0".join([*text, *(media_files.digest(record[column]) for column in media.values())])
             bond = str(record[task.group]) if task.group else ("" if labels else content)
@@ -208,34 +209,60 @@ def _labels(task: HubTask, feature: Any, train: Any) -> tuple[str, ...]:
     """The class names of the label column, else its values in order."""
     if hasattr(feature, "names"):
         return tuple(feature.names)
-    return tuple(str(value) for value in sorted(train.unique(task.label)))
+    return tuple(str(value) for value in sorted(_values(task, train)))
 
 
-def _answer(task: HubTask, record: dict[str, Any], labels: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+def _values(task: HubTask, train: Any) -> list[Any]:
+    """The different values of the label column.
+
+    Raises:
+        ValueError: it has lists, or rows without a label.
+    """
+    feature = train.features[task.label]
+    if not hasattr(feature, "dtype") or feature.dtype in ("list", "dict"):
+        raise ValueError(f"data set {task.dataset}: column {task.label!r} holds no single labels, but {feature}")
+    found: list[Any] = train.unique(task.label)
+    if None in found:
+        raise ValueError(f"data set {task.dataset}: column {task.label!r} has rows without a label")
+    return found
+
+
+def _numbered(task: HubTask, feature: Any, train: Any, labels: tuple[str, ...]) -> bool:
+    """Whether whole numbers in the label column are indices; else they are answers themselves ("stars": 1 to 5)."""
+    if hasattr(feature, "names"):
+        return True
+    if task.choices:
+        told = train.select_columns([task.label, task.choices])
+        return not all(record[task.label] in _options(record[task.choices])[1] for record in told)
+    return not all(str(value) in labels for value in _values(task, train))
+
+
+def _answer(
+    task: HubTask, record: dict[str, Any], labels: tuple[str, ...], numbered: bool
+) -> tuple[tuple[str, ...], int]:
     """Choices of a record and the index of the right one."""
     if task.answer:
         return (_text(task.answer, record),), 0
     names: Sequence[str] = ()
     choices = labels
     if task.choices:
-        told = record[task.choices]
-        if isinstance(told, dict):
-            names = _strings(told.get("label"))
-            told = told.get("text")
-        choices = tuple(_strings(told))
+        names, options = _options(record[task.choices])
+        choices = tuple(map(str, options))
     value = record[task.label]
     if str(value) in names and names.index(str(value)) < len(choices):
         return choices, names.index(str(value))
-    if str(value) in choices:
+    if numbered and isinstance(value, int):
+        if 0 <= value < len(choices):
+            return choices, int(value)
+    elif str(value) in choices:
         return choices, choices.index(str(value))
-    if isinstance(value, int | bool) and 0 <= value < len(choices):
-        return choices, int(value)
     raise ValueError(f"data set {task.dataset}: label {value!r} is not among {', '.join(choices) or 'no choices'}")
 
 
-def _strings(told: Any) -> list[str]:
-    """The entries of a list, as text; what is no list has none."""
-    return [str(one) for one in told] if isinstance(told, list) else []
+def _options(told: Any) -> tuple[list[str], list[Any]]:
+    """The names of a record's choices, if they have any, and the choices; what is no list has none."""
+    names, options = (told.get("label"), told.get("text")) if isinstance(told, dict) else (None, told)
+    return [str(one) for one in names or ()], options if isinstance(options, list) else []
 
 
 def _bound_by_content_too(rows: Sequence[Row]) -> list[Row]:
