@@ -108,6 +108,29 @@ def test_a_question_with_several_answers_keeps_them_all_in_one_part(tmp_path: Pa
         assert len({(part, told[answer]) for part, _, answer in where}) == 60
 
 
+def test_one_question_about_many_pictures_does_not_bind_them(tmp_path: Path) -> None:
+    """What is asked is text and picture; LLaVA's data ask thousands of pictures the same."""
+    from io import BytesIO
+
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    def png(shade: int) -> bytes:
+        Image.fromarray(np.full((2, 2, 3), shade, np.uint8)).save(stored := BytesIO(), "PNG")
+        return stored.getvalue()
+
+    features = {name: datasets.Value("string") for name in "qag"} | {"image": datasets.Image()}
+    rows = [{"q": "What is it?", "a": f"a{i}", "g": f"g{i}", "image": {"bytes": png(i)}} for i in range(60)]
+    rows += [{"q": "What is it?", "a": "b3", "g": "other", "image": {"bytes": png(3)}}]  # this one is asked twice
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "data")
+    told = {"content": "q", "image": "image", "answer": "a", "group": "g", "prompt": "{image} {content}"}
+    task = load_task(f"hub:{tmp_path / 'data'}", **told)
+    parts = {part: {e.choices[0] for e in task.splits[part]} for part in PARTS}
+    assert all(parts.values()) and sum(map(len, parts.values())) == 61
+    assert len(parts["train"]) > 30 and sum({"a3", "b3"} <= answers for answers in parts.values()) == 1
+
+
 def test_a_training_row_with_a_question_of_the_test_is_dropped(tmp_path: Path) -> None:
     jsonl(tmp_path / "data/train.jsonl", [*sums(), {"q": "leaked", "a": "one", "who": ""}])
     jsonl(

@@ -34,7 +34,8 @@ class HubTask:
         image: the column of a picture, or of lists of them (frames), beside the text; it stands where ``prompt`` has
             ``{image}``.
         audio: the column of a sound beside the text, for ``{audio}``; made 16 kHz mono.
-        label: the column of the right answer: a number (index into the labels or choices) or the answer itself.
+        label: the column of the right answer: the answer itself, or a whole number, which is an index into the labels
+            or choices where the column has class names or holds numbers that are not among them.
         labels: the classes, in order; if not told, those of the column (its class names, else its sorted values).
         choices: the column of the possible answers where they differ: a list of strings, or a mapping with ``text``
             and, if the answer is told by name, ``label``.
@@ -129,6 +130,7 @@ def hub_rows(task: HubTask) -> Found:
     labels = () if task.choices or task.answer else task.labels or _labels(task, features[task.label], parts["train"])
     numbered = not task.answer and _numbered(task, features[task.label], parts["train"], labels)
     rows: list[Row] = []
+    contents: list[str] = []
     where: list[tuple[str, int]] = []
     answers: list[tuple[tuple[str, ...], int]] = []
     for part, data in parts.items():
@@ -140,10 +142,11 @@ def hub_rows(task: HubTask) -> Found:
             bond = str(record[task.group]) if task.group else ("" if labels else content)
             asked = content if labels else "\0".join([content, *sorted(choices)])
             rows.append(Row(asked, choices[label], bond, "" if part == "train" else part))
+            contents.append(content)
             where.append((part, i))
             answers.append((choices, label))
     if task.answer and task.group:
-        rows = _bound_by_content_too(rows)
+        rows = _bound_by_content_too(rows, contents)
 
     def make(k: int) -> Example:
         part, i = where[k]
@@ -265,10 +268,10 @@ def _options(told: Any) -> tuple[list[str], list[Any]]:
     return [str(one) for one in names or ()], options if isinstance(options, list) else []
 
 
-def _bound_by_content_too(rows: Sequence[Row]) -> list[Row]:
+def _bound_by_content_too(rows: Sequence[Row], contents: Sequence[str]) -> list[Row]:
     """The same rows, in groups that hold all rows of a content: it may have several answers in several groups."""
     last = chr(0x10FFFF)  # a group's own name sorts before, so that it names the whole
-    bonds = ([*filter(None, [row.group]), last + row.content.partition("\0")[0]] for row in rows)
+    bonds = ([*filter(None, [row.group]), last + content] for row, content in zip(rows, contents, strict=True))
     return [row._replace(group=name) for row, name in zip(rows, components(bonds), strict=True)]
 
 
