@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from loraloom.tasks import Task, load_task
+from loraloom.tasks import Task, load_task, media
 from loraloom.tasks.hub import HubTask
 from loraloom.tasks.splits import PARTS
 
@@ -149,6 +150,21 @@ def test_images(tmp_path: Path) -> None:
             assert example.content.shape == (4, 6, 3)
             assert example.content.dtype == np.uint8
             assert example.label == int(example.content[0, 0, 0] > 100)
+
+
+def test_pictures_stand_upright_and_keep_their_greys() -> None:
+    """Cameras store how they were held; 16 bits of grey are not cut off at 255."""
+    from PIL import Image
+
+    grey = np.arange(32, dtype=np.uint16).reshape(4, 8) * 2000
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned clockwise by a quarter
+    for pixels in (grey, (grey // 256).astype(np.uint8)):
+        Image.fromarray(pixels).save(held := BytesIO(), "PNG")
+        found = media.image({"bytes": held.getvalue()})
+        assert np.array_equal(found, np.repeat(grey[..., None] // 256, 3, 2))
+        Image.open(held).save(again := BytesIO(), "PNG", exif=turned)
+        assert np.array_equal(media.image({"bytes": again.getvalue()}), np.rot90(found, -1))
 
 
 @pytest.mark.parametrize(

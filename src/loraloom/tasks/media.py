@@ -47,12 +47,12 @@ def digest(stored: Any) -> str:
 
 
 def image(stored: Any) -> Any:
-    """uint8, height x width x 3; of a list of files a list.
+    """uint8, height x width x 3, turned as the camera says; of a list of files a list. Of 16 bits the upper 8 are kept.
 
     Raises:
         ValueError: a file cannot be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(stored, list):
         return [image(one) for one in stored]
@@ -61,7 +61,10 @@ def image(stored: Any) -> Any:
         found = Image.open(io.BytesIO(content))
         if found.width * found.height > MOST_PIXELS:
             raise ValueError(f"{found.width} x {found.height} pixels; at most {MOST_PIXELS} in all")
-        return np.array(found.convert("RGB"))
+        turned = ImageOps.exif_transpose(found)
+        if turned.mode.startswith("I;16"):  # the conversion would cut them off at 255
+            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+        return np.array(turned.convert("RGB"))
 
 
 def audio(stored: Mapping[str, Any]) -> np.ndarray:
