@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 import loraloom as ll
 from loraloom.integrations.scoring import Bench, bench, fit_prototypes
-from loraloom.tasks import Task
+from loraloom.tasks import Example, Task
 from tiny import tiny_llama
 from tiny_text import VOCAB, Letters, text_task
 from tiny_vision import tiny_model  # noqa: F401
@@ -43,6 +45,39 @@ def test_the_training_loss_of_a_causal_model_is_on_the_answer_alone(causal):
         answer = Letters()(f" {example.choices[example.label]}", add_special_tokens=False)["input_ids"]
         assert row[row >= 0].tolist() == answer
     assert causal.loss is None
+
+
+@pytest.mark.parametrize("answers", [("yes", "no way"), ("yes",)], ids=["choices", "free"])
+def test_prompt_and_answer_are_the_tokens_of_the_whole_text(answers):
+    """Also with a tokenizer that sets a space before each text, such as LLaVA's."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {
+        token: i for i, token in enumerate(["</s>", "\u2581", *"abcdenosywt?:", "\u2581y", "\u2581n", "\u2581a"])
+    }
+    whole = Tokenizer(models.BPE(letters, [("\u2581", letter) for letter in "yna"]))
+    whole.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="</s>", pad_token="</s>")
+    example = Example("can test?", answers, 0)
+    task = Task("made-up", "text", (), "{content} ans:", {"train": [example], "test": [example]}, "here", "none")
+    made = bench(tiny_llama(vocab=VOCAB), task, family="causal", processor=tokenizer, max_length=30)
+    ends = [tokenizer.eos_token_id] * (len(answers) == 1)
+    assert made.collate([example])["input_ids"][0].tolist() == tokenizer("can test? ans: yes")["input_ids"] + ends
+    for choice, mean in zip(answers, next(made.rows.likelihoods(made.model, [example])), strict=True):
+        ids = torch.tensor([tokenizer(f"can test? ans: {choice}")["input_ids"]])
+        asked = len(tokenizer("can test? ans:")["input_ids"])
+        with torch.no_grad():
+            logs = F.log_softmax(made.model(input_ids=ids).logits[0], -1)
+        found = [logs[i - 1, ids[0, i]].item() for i in range(asked, ids.shape[1])]
+        assert mean == pytest.approx(np.mean(found), abs=1e-5)
+
+
+def test_an_answer_that_fills_the_row_is_refused(causal):
+    short = dataclasses.replace(causal, max_length=5)
+    for asked in (lambda: short.choose(short.model, short.training), lambda: short.collate(short.training)):
+        with pytest.raises(ValueError, match=r"5 tokens leaves no room for a prompt in data\.max_length 5"):
+            asked()
 
 
 def test_padding_does_not_change_an_encoders_choice():

@@ -24,11 +24,19 @@ def is_free(task: Task, example: Example) -> bool:
     return not task.labels and len(example.choices) == 1
 
 
-def answer_tokens(processor: Any, prompt: str, answer: str, max_length: int) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of its free-text answer, with the end of the sequence, so that generation learns to stop.
+def following(processor: Any, answer: str) -> list[int]:
+    """Tokens of an answer as they follow a prompt, after a space.
 
-    Together they have at most ``max_length`` tokens. Where there are more, the prompt loses its first ones down to a
-    half of that (its end says what is asked for), then the answer its last ones, the end of the sequence with them.
+    Some tokenizers (LLaVA's, Phi-3's) set a space before every text, so that an answer that is read alone has two.
+    """
+    before, whole = (processor(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {answer}"))
+    if whole[: len(before)] == before:
+        return list(whole[len(before) :])
+    return list(processor(f" {answer}", add_special_tokens=False)["input_ids"])
+
+
+def ended(processor: Any, answer: str) -> list[int]:
+    """The same of a free-text answer, with the end of the sequence, so that generation learns to stop.
 
     Raises:
         ValueError: the tokenizer has no end of sequence.
@@ -36,8 +44,19 @@ def answer_tokens(processor: Any, prompt: str, answer: str, max_length: int) -> 
     end = getattr(processor, "eos_token_id", None)
     if end is None:
         raise ValueError("a free-text answer needs a tokenizer with an end-of-sequence token (eos_token)")
-    asked = processor(prompt)["input_ids"]
-    told = [*processor(" " + answer, add_special_tokens=False)["input_ids"], end]
+    return [*following(processor, answer), end]
+
+
+def answer_tokens(processor: Any, prompt: str, answer: str, max_length: int) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of its free-text answer with the end of the sequence (:func:`ended`).
+
+    Together they have at most ``max_length`` tokens. Where there are more, the prompt loses its first ones down to a
+    half of that (its end says what is asked for), then the answer its last ones, the end of the sequence with them.
+
+    Raises:
+        ValueError: the tokenizer has no end of sequence.
+    """
+    asked, told = processor(prompt)["input_ids"], ended(processor, answer)
     asked = _last(processor, asked, max(max_length - len(told), max_length // 2))
     return asked, told[: max_length - len(asked)]
 

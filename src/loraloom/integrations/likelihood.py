@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraloom.integrations.generation import answer_tokens, is_free
+from loraloom.integrations.generation import answer_tokens, ended, following, is_free
 from loraloom.tasks import Example, Task
 from loraloom.tasks.media import RATE
 
@@ -56,13 +56,13 @@ class Continuation:
             answer = self._tokens(choice)
             return Row(*self._asked(example, len(answer)), answer)
         if example.media:
-            answer = [*self._tokens(choice), self.tokenizer.eos_token_id]
+            answer = ended(self.tokenizer, choice)
             return Row(*self._asked(example, len(answer)), answer)
         asked, answer = answer_tokens(self.tokenizer, self._prompt(example), choice, self.max_length)
         return Row(asked, {}, answer)
 
     def _tokens(self, answer: str) -> list[int]:
-        return list(self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"])
+        return following(self.tokenizer, answer)
 
     def _prompt(self, example: Example) -> str:
         """The template with the content, and for each medium the processor's placeholder."""
@@ -77,6 +77,11 @@ class Continuation:
     def _asked(self, example: Example, answer: int) -> tuple[list[int], Mapping[str, Tensor]]:
         """Tokens of the prompt, so many that the answer has room, and the tensors beside them."""
         prompt, room = self._prompt(example), self.max_length - answer
+        if room < 1:
+            raise ValueError(
+                f"task {self.task.name}: an answer of {answer} tokens leaves no room for a prompt in data.max_length "
+                f"{self.max_length}"
+            )
         if not example.media:
             return list(self.tokenizer(prompt, truncation=True, max_length=room)["input_ids"]), {}
         given: dict[str, Any] = {}
