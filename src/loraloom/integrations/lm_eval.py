@@ -23,10 +23,10 @@ class HarnessEvaluation:
     """What the harness says of one adapter on one of its tasks.
 
     Attributes:
-        task: ``lm_eval:NAME:METRIC``.
+        task: ``lm_eval:NAME:METRIC``, or ``lm_eval:NAME:METRIC,FILTER`` where the harness filters answers.
         split: ``test``: which one that is, the task's definition decides.
         estimate: of the metric, with the normal interval from the harness's standard error (a point where it has none).
-        metrics: every metric of the task.
+        metrics: every metric of the task, by the name that it has in ``task``.
 
     Example:
         >>> HarnessEvaluation("lm_eval:piqa:acc", "test", Estimate(0.7, 0.6, 0.8, 84), {"acc": 0.7}).value
@@ -55,8 +55,9 @@ def evaluate(
 
     Args:
         adapter: on the causal model that ``model`` names.
-        task: ``lm_eval:NAME`` or ``lm_eval:NAME:METRIC`` (by default the task's first metric), where NAME is a task of
-            the harness, or a file ``tasks/mine.yaml`` that defines one.
+        task: ``lm_eval:NAME`` or ``lm_eval:NAME:METRIC`` (by default the task's first metric), where NAME is a task or
+            a group of the harness, or a file ``tasks/mine.yaml`` that defines one. METRIC may name one of several
+            filters of answers (``exact_match,flexible-extract``), by default the first.
         model: a bundled name, a local folder or a hub id.
         limit: only the first so many examples.
         max_length: most tokens of a prompt with its answer; by default what the model takes.
@@ -80,6 +81,10 @@ def evaluate(
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     if name not in manager.all_tasks:
         raise UnknownName("task of lm-evaluation-harness", name, sorted(manager.all_tasks)[:20])
+    if name in manager.all_tags:
+        raise ValueError(
+            f"task {task}: {name} is a tag of lm-evaluation-harness, which has no score of its own; name one"
+        )
     backbone = load_backbone(model)
     if backbone.family != "causal":
         raise ValueError(f"task {task}: lm-evaluation-harness asks causal models, and {model} is {backbone.family}")
@@ -107,14 +112,15 @@ def _asked(task: str) -> tuple[str, str, str | None]:
 
 def _translated(name: str, wanted: str, told: Mapping[str, Any]) -> HarnessEvaluation:
     """The harness writes ``{"acc,none": 0.7, "acc_stderr,none": 0.01, ...}``; ``none`` is the name of a filter."""
-    held = {key: x for key, x in told["results"][name].items() if isinstance(x, int | float)}
-    metrics = {key.partition(",")[0]: float(x) for key, x in held.items() if "," in key and "_stderr" not in key}
-    errors = {key.partition(",")[0].removesuffix("_stderr"): float(x) for key, x in held.items() if "_stderr" in key}
-    metric = wanted or next(iter(metrics), "")
+    held = {key.removesuffix(",none"): x for key, x in told["results"][name].items() if "," in key}
+    held = {key: float(x) for key, x in held.items() if isinstance(x, int | float)}
+    metrics = {key: x for key, x in held.items() if "_stderr" not in key}
+    metric = next((key for key in metrics if wanted in ("", key, key.partition(",")[0])), wanted)
     if metric not in metrics:
         raise UnknownName(f"metric of {name}", metric, list(metrics))
-    value, within = metrics[metric], _WITHIN * errors.get(metric, 0.0)
-    count = int(told["n-samples"][name]["effective"])
+    of, comma, chosen = metric.partition(",")
+    value, within = metrics[metric], _WITHIN * held.get(f"{of}_stderr{comma}{chosen}", 0.0)
+    count = sum(int(told_of["effective"]) for told_of in told["n-samples"].values())  # of a group: of its tasks
     return HarnessEvaluation(
         f"{PREFIX}{name}:{metric}", "test", Estimate(value, value - within, value + within, count), metrics
     )
