@@ -26,12 +26,13 @@ class Prototypes:
     pool: str
 
     def features(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Batch x tokens x width -> batch x width."""
+        """Batch x tokens x width -> batch x width; means are taken in float32, where sums of many tokens have room."""
         if self.pool == "cls":
             return hidden[:, 0]
+        hidden = hidden.float()
         if mask is None:
             return hidden.mean(1)
-        weight = mask[..., None].to(hidden.dtype)
+        weight = mask[..., None].float()
         return (hidden * weight).sum(1) / weight.sum(1)
 
     def logits(self, features: Tensor) -> Tensor:
