@@ -14,7 +14,7 @@ from torch import nn
 
 import loraloom as ll
 from loraloom.adapter import Factors
-from loraloom.integrations.generation import completions
+from loraloom.integrations.generation import completions, judged
 from loraloom.integrations.peft import attached
 from loraloom.integrations.scoring import Bench, bench
 from loraloom.recipe import parse
@@ -303,6 +303,16 @@ def test_a_prompt_without_a_beginning_keeps_only_its_end(tokenizer: Any) -> None
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_the_judge_cannot_read_is_told_before_anything_is_written(tokenizer: Any) -> None:
+    class Silent(nn.Module):
+        def generate(self, **given: Any) -> Any:
+            raise AssertionError("nothing is to be generated")
+
+    task = made_task([("1+1", "it is 2"), ("1+2", "it is three")], judge="number")
+    with pytest.raises(ValueError, match="the answer 'it is three' of an example has no number"):
+        judged(Silent(), tokenizer, task, task.splits["test"], max_length=24)
 
 
 def test_every_example_is_scored_by_the_judge_on_its_completion(tokenizer: Any, tmp_path: Path) -> None:

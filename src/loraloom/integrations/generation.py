@@ -116,8 +116,14 @@ def completions(
 
 
 def judged(model: nn.Module, processor: Any, task: Task, examples: Sequence[Example], *, max_length: int) -> np.ndarray:
-    """Whether the model's completion of each example is right, by the task's judge, (n,)."""
+    """Whether the model's completion of each example is right, by the task's judge, (n,).
+
+    Raises:
+        ValueError: an answer that the judge cannot read, before anything is generated.
+    """
     judge = judge_of(task.judge)
+    for example in examples:
+        judge("", example)
     prompts = [task.prompt.format(content=example.content) for example in examples]
     written = completions(model, processor, prompts, max_new_tokens=task.max_new_tokens, max_length=max_length)
     return np.array([judge(text, example) for text, example in zip(written, examples, strict=True)], bool)
