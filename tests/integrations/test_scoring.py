@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import numpy as np
 import pytest
@@ -10,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import loraloom as ll
-from loraloom.integrations.scoring import Bench, bench, fit_prototypes
+from loraloom.integrations.scoring import Bench, Prototypes, bench, fit_prototypes
 from loraloom.tasks import Example, Task
 from tiny import tiny_llama
 from tiny_text import VOCAB, Letters, text_task
-from tiny_vision import tiny_model  # noqa: F401
+from tiny_vision import make_model, tiny_model  # noqa: F401
 
 
 @pytest.fixture
@@ -97,6 +99,32 @@ def test_padding_does_not_change_an_encoders_choice():
     features = made.head.features(model(**batch).last_hidden_state, batch["attention_mask"])
     torch.testing.assert_close(loss, F.cross_entropy(made.head.logits(features), labels))
     torch.testing.assert_close(made.loss(model(**batch), labels, num_items_in_batch=2 * len(labels)), loss / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_many_tokens_has_room_and_counts_exactly(dtype):
+    """A float16 sum ends at 65504, and 16 bits of bfloat16 cannot count to 509."""
+    hidden, mask = torch.full((1, 512, 2), 200.0, dtype=dtype), torch.ones(1, 512, dtype=torch.long)
+    mask[:, 509:] = 0
+    head = Prototypes(torch.zeros(2), torch.eye(2), "mean")
+    assert head.features(hidden, mask).tolist() == head.features(hidden, None).tolist() == [[200.0, 200.0]]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (None, "no preprocessor_config.json beside the weights"),
+        ({"image_mean": [0.5] * 3}, "preprocessor_config.json does not tell image_std"),
+        ([], "preprocessor_config.json does not tell image_mean"),
+    ],
+)
+def test_a_vision_folder_without_the_statistics_of_pixels_says_so(tmp_path, told, message):
+    from loraloom.integrations.backbones import load_backbone
+
+    file = make_model(tmp_path / "vit") / "preprocessor_config.json"
+    file.unlink() if told is None else file.write_text(json.dumps(told))
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        load_backbone(str(tmp_path / "vit"))
 
 
 def test_a_head_needs_labels_and_examples_of_each(causal):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 
 from loraloom.integrations.processes import in_parts, join
 from loraloom.models import models, resolve
+from loraloom.untrusted import read_json
 
 QUANTISED = {"int8": "torchao", "nf4": "bitsandbytes"}  # types of weights beside torch's, and who makes them
 FAMILIES = ("causal", "multimodal", "encoder", "vision")
@@ -180,11 +180,17 @@ def _family(name: str, config: Any, live: str) -> str:
 def _image_statistics(source: str) -> Mapping[str, Any]:
     """Mean and deviation of pixels; read from the file, since the processor classes need torchvision."""
     file = Path(source) / "preprocessor_config.json"
+    if not file.exists() and file.parent.is_dir():
+        raise FileNotFoundError(f"model {source}: no {file.name} beside the weights; it tells image_mean and image_std")
     if not file.exists():
         from huggingface_hub import hf_hub_download
 
         file = Path(hf_hub_download(source, file.name))
-    return json.loads(file.read_text())
+    told = read_json(file)
+    for key in ("image_mean", "image_std"):
+        if not isinstance(told, Mapping) or key not in told:
+            raise ValueError(f"model {source}: {file.name} does not tell {key}")
+    return dict(told)
 
 
 def _first(error: BaseException) -> str:

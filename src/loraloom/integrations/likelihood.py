@@ -192,7 +192,8 @@ def longest(rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         [(5, 7), (6,)]
     """
     distinct = dict.fromkeys(map(tuple, rows))
-    return [row for row in distinct if not any(other[: len(row)] == row and other != row for other in distinct)]
+    beginnings = {row[:length] for row in distinct for length in range(len(row))}
+    return [row for row in distinct if row not in beginnings]
 
 
 __all__ = ["Continuation", "longest"]
