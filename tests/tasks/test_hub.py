@@ -152,6 +152,25 @@ def test_images(tmp_path: Path) -> None:
             assert example.label == int(example.content[0, 0, 0] > 100)
 
 
+def test_pictures_are_held_by_the_hundred_and_not_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MUSIC-AVQA has some 300,000 frames."""
+    import gc
+    import weakref
+
+    from PIL import Image
+
+    monkeypatch.setattr("loraloom.tasks.HELD", 5)
+    for i in range(60):
+        (tmp_path / f"data/train/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 6, 3), i, np.uint8)).save(tmp_path / f"data/train/{i % 2}/{i}.png")
+    train = load_task(f"hub:{tmp_path / 'data'}", content="image").splits["train"]
+    seen = [(weakref.ref(example.content), int(example.content[0, 0, 0]), example.label) for example in train]
+    gc.collect()
+    assert sum(held() is not None for held, *_ in seen) == 5 < len(train) == len(seen)
+    assert all(shade % 2 == label for _, shade, label in seen)
+    assert [int(example.content[0, 0, 0]) for example in train[3:20:2]] == [shade for _, shade, _ in seen[3:20:2]]
+
+
 def test_pictures_stand_upright_and_keep_their_greys() -> None:
     """Cameras store how they were held; 16 bits of grey are not cut off at 255."""
     from PIL import Image

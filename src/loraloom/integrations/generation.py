@@ -137,7 +137,7 @@ def check_judge(task: Task, examples: Sequence[Example], model: str, family: str
     """
     if task.judge and family != "causal":
         raise ValueError(f"task {task.name}: answers are generated, and {model} ({family}) is no causal model")
-    if not task.judge and any(is_free(task, example) for example in examples):
+    if not task.judge and not task.labels and any(is_free(task, example) for example in examples):
         raise ValueError(f"task {task.name}: a free-text answer is evaluated by a judge; name one: {', '.join(JUDGES)}")
 
 

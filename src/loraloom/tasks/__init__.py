@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 Modality = Literal["text", "image", "image+text", "audio+text"]
+HELD = 512  # pictures or sounds of a split that stay decoded
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,25 @@ class Task:
     max_new_tokens: int = 256
 
 
+class Made(Sequence[Example]):
+    """Examples that are made when they are asked for: all pictures of a large data set do not fit into memory at once.
+
+    Example:
+        >>> made = Made(lambda row: Example(f"text {row}", ("yes", "no"), 0), (4, 7, 1))
+        >>> len(made), made[1].content, [example.content for example in made[1:]]
+        (3, 'text 7', ['text 7', 'text 1'])
+    """
+
+    def __init__(self, make: Callable[[int], Example], rows: Sequence[int]) -> None:
+        self._make, self._rows = make, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: Any) -> Any:
+        return Made(self._make, self._rows[at]) if isinstance(at, slice) else self._make(self._rows[at])
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a task file gives: enough on each row to split them, and a way to make the examples that are wanted.
@@ -82,11 +103,21 @@ class Rows:
         rows: one for each example.
         make: the example of a row number.
         labels: the classes; empty where the choices differ.
+        large: whether examples are made each time they are asked for, but for the last ones, and not held.
     """
 
     rows: Sequence[Row]
     make: Callable[[int], Example]
     labels: tuple[str, ...] = ()
+    large: bool = False
+
+    def examples(self, chosen: Sequence[int]) -> Sequence[Example]:
+        """The examples of some rows; one that cannot be read is told now, not in the middle of a run."""
+        if not self.large:
+            return tuple(map(self.make, chosen))
+        for row in chosen:
+            self.make(row)
+        return Made(lru_cache(HELD)(self.make), chosen)
 
     @classmethod
     def of_texts(cls, examples: Sequence[Example], labels: tuple[str, ...] = (), part: Sequence[str] = ()) -> Rows:
@@ -146,7 +177,7 @@ def load_task(
         parts = split(rows.rows, seed)
     except ValueError as error:
         raise ValueError(f"task {called}: {error}") from error
-    splits = {part: tuple(map(rows.make, parts[part][: most[part]])) for part in PARTS}
+    splits = {part: rows.examples(parts[part][: most[part]]) for part in PARTS}
     return Task(called, labels=rows.labels, splits=splits, **known)
 
 
@@ -161,4 +192,4 @@ def _limits(limit: int | Mapping[str, int] | None) -> dict[str, int | None]:
     return {part: told.get(part) for part in PARTS}
 
 
-__all__ = ["Example", "Row", "Rows", "Task", "load_task", "tasks"]
+__all__ = ["Example", "Made", "Row", "Rows", "Task", "load_task", "tasks"]

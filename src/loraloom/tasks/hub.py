@@ -156,7 +156,7 @@ def hub_rows(task: HubTask) -> Found:
             return Example(held["image"], *answers[k], group=rows[k].group)
         return Example(_text(task.content, record), *answers[k], group=rows[k].group, media=held)
 
-    return Found(Rows(rows, make, labels), modality, parts["train"].info.license or "unknown")
+    return Found(Rows(rows, make, labels, large=bool(media)), modality, parts["train"].info.license or "unknown")
 
 
 def _load(task: HubTask) -> dict[str, Any]:
