@@ -75,6 +75,14 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_text(answers):
         assert mean == pytest.approx(np.mean(found), abs=1e-5)
 
 
+def test_a_long_content_loses_its_end_and_the_prompt_keeps_its_own(causal):
+    """Cut at its end, "Article: ... Topic:" would no longer ask for the topic."""
+    example = Example("text " + "x" * 60, ("ab", "abc"), 0)
+    ids = causal.collate([example])["input_ids"][0].tolist()
+    whole = Letters()(f"Q {example.content} A")["input_ids"]
+    assert len(ids) == 30 and ids == whole[:25] + whole[-2:] + Letters()(" ab", add_special_tokens=False)["input_ids"]
+
+
 def test_an_answer_that_fills_the_row_is_refused(causal):
     short = dataclasses.replace(causal, max_length=5)
     for asked in (lambda: short.choose(short.model, short.training), lambda: short.collate(short.training)):

@@ -34,7 +34,8 @@ class Continuation:
     Attributes:
         processor: the model's tokenizer, or its processor.
         task: prompts and choices.
-        max_length: tokens of a row. Longer texts lose their end; rows with media in them are refused.
+        max_length: tokens of a row. Longer contents lose their end, not what the prompt has behind them; rows with
+            media in them are refused.
     """
 
     processor: Any
@@ -83,7 +84,7 @@ class Continuation:
                 f"{self.max_length}"
             )
         if not example.media:
-            return list(self.tokenizer(prompt, truncation=True, max_length=room)["input_ids"]), {}
+            return self._cut(list(self.tokenizer(prompt)["input_ids"]), room), {}
         given: dict[str, Any] = {}
         if "image" in example.media:
             given["images"] = [_each(example.media["image"])]
@@ -98,6 +99,15 @@ class Continuation:
                 f"data.max_length {self.max_length}; cutting would lose media"
             )
         return asked, made
+
+    def _cut(self, asked: list[int], room: int) -> list[int]:
+        """A prompt that fits: the content loses its end, what the template has behind it ("Answer:") stays."""
+        if len(asked) <= room:
+            return asked
+        behind = self.task.prompt.rpartition("{content}")[2]
+        bare, longer = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a{behind}"))
+        kept = min(len(longer) - len(bare), room - 1)
+        return asked[: room - kept] + asked[len(asked) - kept :]
 
     def _stacked(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Rows padded on the right to one length; media one after the other."""
