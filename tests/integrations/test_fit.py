@@ -152,6 +152,7 @@ def test_gates_are_open_after_an_interrupt(tmp_path: Path) -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
         ({"warmup": 6}, r"warmup must be in \[0, steps = 5\], got 6"),
+        ({"warmup": 2, "scheduler": "constant"}, "scheduler constant has no warmup, got 2; constant_with_warmup has"),
         ({"lr": float("nan")}, "lr must be a finite number from 0 on, got nan"),
     ],
 )

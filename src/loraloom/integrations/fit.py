@@ -47,7 +47,7 @@ class FitOptions:
         lr: peak learning rate of AdamW.
         seed: of the data order, which depends on nothing else, and of the model's dropout.
         accumulate: forward passes an optimizer step, of one process; several share them.
-        warmup: steps of linear warm-up.
+        warmup: steps of linear warm-up; ``constant`` has none.
         scheduler: what follows it, by the name that Transformers gives it: linear, cosine, constant_with_warmup, ...
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
@@ -90,6 +90,8 @@ class FitOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup must be in [0, steps = {self.steps}], got {self.warmup}")
+        if self.warmup and self.scheduler == "constant":  # Transformers would leave it out
+            raise ValueError(f"scheduler constant has no warmup, got {self.warmup}; constant_with_warmup has")
         for name in ("lr", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number from 0 on, got {getattr(self, name)}")
