@@ -248,6 +248,19 @@ def test_from_model_is_save_and_load(kind: Kind, tmp_path: Path) -> None:
     assert same(snapshot, adapter)
 
 
+def test_from_model_has_every_layer_of_those_in_a_checkpoint_wrapper_of_torch() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    live = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]))
+    plain = from_model(live)
+    layers = live.get_base_model().model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    live.get_base_model().model.norm = checkpoint_wrapper(live.get_base_model().model.norm)
+    wrapped = from_model(live)
+    assert list(wrapped.modules) == list(plain.modules) and [*wrapped.extras] == [*plain.extras] != []
+    assert all(torch.equal(wrapped.modules[name].A, one.A) for name, one in plain.modules.items())
+
+
 def test_from_model_chooses_the_adapter() -> None:
     model = get_peft_model(tiny_llama(), _lora())
     model.add_adapter("other", _lora(r=2, target_modules=["o_proj"]))

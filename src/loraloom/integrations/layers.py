@@ -13,11 +13,22 @@ from loraloom.strategies.units import base_path
 
 # Wrappers put themselves into the path of a module; these are none of the model's own names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+HIDDEN = WRAPPERS[1:]  # those that take themselves out of the names of a state dict
 
 _NOT_BY_LAYER = {
     "XLoraModel": "X-LoRA's forward re-enables all layers each time",
     "ShadowLayer": "one shadow state passes through all of them",
 }
+
+
+def own_path(path: str, wrappers: Sequence[str] = WRAPPERS) -> str:
+    """A module's path without the wrappers in it.
+
+    Example:
+        >>> own_path("model.layers.0._orig_mod.self_attn.q_proj")
+        'model.layers.0.self_attn.q_proj'
+    """
+    return ".".join(part for part in path.split(".") if part not in wrappers)
 
 
 def parts_of(model: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter, AdapterMismatch, UnsupportedKind
 from loraloom.experts import as_stored
+from loraloom.integrations.layers import HIDDEN, own_path
 from loraloom.integrations.processes import gathered, whole
 from loraloom.layout import PREFIX, check_config, from_state_dict, settled, to_state_dict
 from loraloom.modalities import MOKA, plan_of
@@ -310,9 +311,19 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     check_config(config, "the live adapter")
     with warnings.catch_warnings(), gathered(peft_model):
         warnings.simplefilter("ignore")  # PEFT announces that it saves targeted embeddings, and that it is offline
-        live: dict[str, Tensor] = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-        held = {key: whole(tensor.detach()).to("cpu", copy=True) for key, tensor in live.items()}
+        live: dict[str, Tensor] = get_peft_model_state_dict(peft_model, _state(peft_model), adapter_name)
+        held = {own_path(key, HIDDEN): whole(tensor.detach()).to("cpu", copy=True) for key, tensor in live.items()}
     return from_state_dict(config, held, "the live adapter")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with names as modules have them: by these PEFT looks, and is silent where it finds nothing."""
+    paths = {own_path(path, HIDDEN): path for path, _ in model.named_modules()}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        owner, dot, leaf = name.rpartition(".")
+        found[f"{paths.get(owner, owner)}{dot}{leaf}"] = tensor
+    return found
 
 
 def _plain(value: Any) -> Any:
