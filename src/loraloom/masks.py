@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,12 @@ class Mask(Mapping[str, Tensor]):
                     f"masks of different modules: {name} is {sizes[0]} in one, {sizes[1]} in the other"
                 )
         return Mask({name: combine(self.bits[name], other.bits[name]) for name in self}, dict(self.shapes))
+
+
+def renamed(mask: Mask, name: Callable[[str], str]) -> Mask:
+    """The same mask under other names of its modules."""
+    bits = {name(one): held for one, held in mask.bits.items()}
+    return replace(mask, bits=bits, shapes={name(one): held for one, held in mask.shapes.items()})
 
 
 def union(masks: Sequence[Mask]) -> Mask | None:

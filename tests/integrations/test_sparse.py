@@ -393,6 +393,27 @@ def test_a_is_the_same_whatever_is_around_the_model() -> None:
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("named", ["as the plain model", "as the model with wrapped layers"])
+def test_masks_and_adapters_fit_a_model_of_which_layers_are_compiled_or_checkpointed(named: str) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def wrapped() -> nn.Module:
+        model = tiny.model()
+        layers = model.get_base_model().model.layers
+        layers[0] = torch.compile(layers[0], backend="eager")
+        layers[1] = checkpoint_wrapper(layers[1])
+        return model
+
+    source, model = wrapped() if named.endswith("layers") else tiny.model(), wrapped()
+    mask, other = masks(source, 0.3, seed=0), masks(source, 0.5, seed=1)
+    LoRI(mask=mask, start=from_model(source), protect=(other,)).attach(model)
+    plain = tiny.model()
+    LoRI(mask=masks(plain, 0.3, seed=0), start=from_model(plain), protect=(masks(plain, 0.5, seed=1),)).attach(plain)
+    assert trainable(model) == trainable(plain) == (mask - other).kept
+    for (_, own), (_, theirs) in zip(sparse_parameters(model), sparse_parameters(plain), strict=True):
+        assert own.shape == theirs.shape
+
+
 def test_going_on_trains_the_mask_and_leaves_every_other_bit() -> None:
     model = every()
     first = LoRI(mask=masks(model, 0.3, seed=0), start="fresh")

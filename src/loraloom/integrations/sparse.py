@@ -8,6 +8,7 @@ expects, both ways. So saving, merging, resuming and loading are PEFT's own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,12 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from loraloom.adapter import UnsupportedKind
-from loraloom.integrations.layers import WRAPPERS, inner_model, parts_of  # the same reading of paths as for gates
+from loraloom.adapter import Adapter, UnsupportedKind
+from loraloom.experts import as_stored
+from loraloom.integrations.layers import inner_model, own_path, parts_of  # the same reading of paths as for gates
 from loraloom.integrations.processes import fill, whole
 from loraloom.layout import PREFIX
+from loraloom.masks import renamed
 
 if TYPE_CHECKING:
     from loraloom.strategies.sparse import LoRI
@@ -222,6 +225,8 @@ def attach(lori: LoRI, peft_model: nn.Module, adapter_name: str = "default") -> 
         )
     if getattr(config, "kasa_config", None) is not None:
         raise UnsupportedKind("kasa_config changes the base weights; leave it out")
+    mask = lori.mask and renamed(lori.mask, own_path)
+    lori = replace(lori, mask=mask, protect=tuple(renamed(held, own_path) for held in lori.protect))
     allowed = {}
     for name, layer in layers.items():
         _, b = _factors(layer, adapter_name)
@@ -230,7 +235,7 @@ def attach(lori: LoRI, peft_model: nn.Module, adapter_name: str = "default") -> 
         allowed[name] = lori.allowed(name, (_weight(b, adapter_name).shape[0], _weight(b, adapter_name).shape[1]))
         if allowed[name] is not None and type(b) not in _SPARSE:
             raise UnsupportedKind(f"{name}: LoRI does not know how to make a {type(b).__name__} sparse")
-    unknown = sorted(set(lori.mask or ()) - set(layers))
+    unknown = sorted(set(mask or ()) - set(layers))
     if unknown:
         raise ValueError(f"the mask has a module {unknown[0]} that the model does not adapt")
     stored = _stored(lori, layers, adapter_name)  # the last that may be refused: from here on the model changes
@@ -309,7 +314,7 @@ def _layers(peft_model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
                 f"{path}: LoRI is for LoRA layers, this is one of {type(module).__module__.split('.')[-2]}"
             )
         if adapter_name in (*module.lora_A.keys(), *module.lora_embedding_A.keys()):
-            found[path.removeprefix(PREFIX)] = module
+            found[own_path(path.removeprefix(PREFIX))] = module
     if not found:
         raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
     return found
@@ -332,20 +337,18 @@ def _weight(held: Any, adapter_name: str) -> Tensor:
 
 def _stored(lori: LoRI, layers: Mapping[str, Any], adapter_name: str) -> dict[str, Tensor]:
     """The A factors of the adapter that is the plan's start, by module; they have the sizes of the model's."""
-    from loraloom.adapter import Adapter
-    from loraloom.experts import as_stored
-
     if not isinstance(lori.start, Adapter):
         return {}
-    held = as_stored(lori.start)
+    held = as_stored(lori.start).modules
+    names = {own_path(name): name for name in held}
     for name, layer in layers.items():
-        if name not in held.modules:
+        if name not in names:
             raise ValueError(f"the adapter that A is taken from has no module {name}")
-        theirs, a = held.modules[name].A, _weight(_factors(layer, adapter_name)[0], adapter_name)
+        theirs, a = held[names[name]].A, _weight(_factors(layer, adapter_name)[0], adapter_name)
         if theirs.numel() != a.numel() or len(theirs) != len(a):
             told = " x ".join(map(str, theirs.shape))
             raise ValueError(f"{name}: the A to start from is {told}, this model's is {' x '.join(map(str, a.shape))}")
-    return {name: held.modules[name].A for name in layers}
+    return {name: held[names[name]].A for name in layers}
 
 
 @torch.no_grad()
@@ -357,8 +360,7 @@ def _start(lori: LoRI, name: str, layer: Any, adapter_name: str, stored: Mapping
     if name in stored:
         drawn = stored[name]
     else:
-        own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        drawn = lori.a(own, len(a), a[0].numel())
+        drawn = lori.a(name, len(a), a[0].numel())
         if isinstance(_factors(layer, adapter_name)[0], nn.ParameterDict):
             drawn = drawn * a[0].numel() ** 0.5  # an embedding's input is one-hot: its fan-in is 1
     a.copy_(drawn.reshape(a.shape))
