@@ -77,3 +77,4 @@ def test_dropout_of_a_strategy_reaches_moka_and_its_projector_may_come_later(tmp
     second = ["adapter={modules_to_save: [multi_modal_projector]}", "moka=null", f"continue_from={tmp_path / 'first'}"]
     again = train(read(recipe, [*tiny, *second, f"output={tmp_path / 'second'}"])).adapter
     assert again.kind == "moka" and len(again.extras) == 4
+    assert again.config["lora_dropout"] == again.config["moka"]["dropout"] == 0

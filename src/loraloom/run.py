@@ -126,9 +126,7 @@ def _ended(config: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
     strategy = recipe.plan()
     if not isinstance(strategy, ProgressiveDropout):
         return config
-    last = strategy.probability(recipe.train.steps)
-    told = {**config, **{key: last for key in ("lora_dropout", "hira_dropout") if key in config}}
-    return {**told, "moka": {**config["moka"], "dropout": last}} if "moka" in config else told
+    return edge("adapting").with_dropout(config, strategy.probability(recipe.train.steps))
 
 
 def _train_whole(bench: Any, recipe: Recipe, *, work: Path, resume: bool, progress: bool, overwrite: bool) -> Trained:

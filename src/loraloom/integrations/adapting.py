@@ -16,6 +16,7 @@ from loraloom.adapter import Adapter, UnsupportedKind
 from loraloom.integrations.modality import is_multimodal, targets_in_text
 from loraloom.integrations.peft import Snapshot, put_on
 from loraloom.strategies.dropout import ProgressiveDropout
+from loraloom.modalities import MOKA
 from loraloom.strategies.modality import MokA
 
 
@@ -70,7 +71,8 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
             adapted = _fresh(model, kind, rank, alpha, dropout, targets, options)
         else:
             start = saving(model, start, modules_to_save)
-            adapted = put_on(model, start, lora_dropout=dropout, hira_dropout=dropout, inference_mode=False)
+            start = replace(start, config=with_dropout(start.config, dropout))
+            adapted = put_on(model, start, inference_mode=False)
             adapted.train(was_training)
     try:
         yield adapted
@@ -83,6 +85,18 @@ def told_by(recipe: Any) -> dict[str, Any]:
     adapter, strategy = recipe.adapter, recipe.plan()
     if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
         adapter = adapter.model_copy(update={"dropout": strategy.probability(0)})
+def with_dropout(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:
+    """An adapter's configuration with another dropout of its input, wherever its kind tells one.
+
+    Example:
+        >>> with_dropout({"peft_type": "LORA", "r": 8}, 0.1)
+        {'peft_type': 'LORA', 'r': 8, 'lora_dropout': 0.1}
+    """
+    kind = str(config.get("peft_type")).upper()
+    moka = {"moka": {**config["moka"], "dropout": dropout}} if kind == MOKA else {}
+    return {**config, "hira_dropout" if kind == "HIRA" else "lora_dropout": dropout, **moka}
+
+
     return {**adapter.model_dump(), "moka": None if recipe.moka is None else recipe.moka.plan(adapter)}
 
 

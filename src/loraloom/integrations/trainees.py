@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loraloom.adapter import Adapter
 from loraloom.integrations import shapes
-from loraloom.integrations.adapting import saving, told_by, training, whole
+from loraloom.integrations.adapting import saving, told_by, training, whole, with_dropout
 from loraloom.integrations.backbones import QUANTISED
 from loraloom.integrations.modality import routed
 from loraloom.integrations.peft import _peft_config  # how a stored configuration becomes PEFT's
@@ -60,8 +60,8 @@ def trainee(model: nn.Module, recipe: Any) -> Iterator[nn.Module]:
 def _continued(model: nn.Module, earlier: Adapter, told: Mapping[str, Any]) -> Any:
     """An adapter that is gone on with, as :func:`adapting.training` attaches it; nothing of it is read."""
     config = saving(model, replace(earlier, extras={}), told["modules_to_save"]).config
-    changes = {"lora_dropout": told["dropout"], "hira_dropout": told["dropout"], "inference_mode": False}
-    made = get_peft_model(model, _peft_config(model, {**config, **changes}))
+    config = {**with_dropout(config, told["dropout"]), "inference_mode": False}
+    made = get_peft_model(model, _peft_config(model, config))
     plan = plan_of(config)
     return made if plan is None else routed(made, plan)
 
