@@ -15,6 +15,7 @@ from loraloom.integrations import backbones
 from loraloom.integrations.adapting import training
 from loraloom.integrations.backbones import load_backbone
 from loraloom.integrations.peft import from_model
+from loraloom.strategies.modality import MokA
 from tiny import tiny_llama
 
 
@@ -80,6 +81,21 @@ def test_a_module_that_is_not_there_is_named():
         training(tiny_llama(), target_modules=["no_such"]),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["lora", "hira", "moka"])
+def test_a_module_to_save_that_is_not_there_is_named_and_nothing_is_changed(kind):
+    base = tiny_llama()
+    names = [name for name, _ in base.named_modules()]
+    given = {"moka": MokA({"image": 1}), "kind": kind} if kind == "moka" else {"kind": kind}
+    with (
+        pytest.raises(ValueError, match=r"^adapter\.modules_to_save: the model has no module 'lm_haed'$"),
+        training(base, **given, modules_to_save=["norm", "lm_haed"]),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"^modules_to_save: the model has no module 'lm_haed'$"):
+        MokA({"image": 1}).wrap(base, modules_to_save=["lm_haed"])
+    assert [name for name, _ in base.named_modules()] == names
 
 
 def test_further_modules_are_trained_beside_an_adapter_that_is_continued():

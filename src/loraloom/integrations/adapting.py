@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from loraloom.adapter import Adapter, UnsupportedKind
+from loraloom.integrations.layers import saved_whole
 from loraloom.integrations.modality import is_multimodal, targets_in_text
 from loraloom.integrations.peft import Snapshot, put_on
-from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.modalities import MOKA
+from loraloom.strategies.dropout import ProgressiveDropout
 from loraloom.strategies.modality import MokA
+
+_SAVED = "adapter.modules_to_save"
 
 
 @contextmanager
@@ -53,6 +56,8 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
     Raises:
         ValueError: no module of the model has such a name, or ``start`` does not fit the model.
     """
+    for name in modules_to_save:
+        saved_whole(model, name, _SAVED)
     snapshot = Snapshot(model)
     was_training = model.training
     targets = target_modules
@@ -80,11 +85,6 @@ def training(  # noqa: PLR0913 - what a recipe says of an adapter
         snapshot.restore()
 
 
-def told_by(recipe: Any) -> dict[str, Any]:
-    """What a recipe (``recipe.Recipe``) tells :func:`training`; the dropout is that which its strategy begins with."""
-    adapter, strategy = recipe.adapter, recipe.plan()
-    if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
-        adapter = adapter.model_copy(update={"dropout": strategy.probability(0)})
 def with_dropout(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:
     """An adapter's configuration with another dropout of its input, wherever its kind tells one.
 
@@ -97,6 +97,11 @@ def with_dropout(config: Mapping[str, Any], dropout: float) -> dict[str, Any]:
     return {**config, "hira_dropout" if kind == "HIRA" else "lora_dropout": dropout, **moka}
 
 
+def told_by(recipe: Any) -> dict[str, Any]:
+    """What a recipe (``recipe.Recipe``) tells :func:`training`; the dropout is that which its strategy begins with."""
+    adapter, strategy = recipe.adapter, recipe.plan()
+    if isinstance(strategy, ProgressiveDropout):  # PEFT makes no dropout to set where the probability is 0
+        adapter = adapter.model_copy(update={"dropout": strategy.probability(0)})
     return {**adapter.model_dump(), "moka": None if recipe.moka is None else recipe.moka.plan(adapter)}
 
 
@@ -110,12 +115,9 @@ def saving(model: nn.Module, adapter: Adapter, names: Sequence[str]) -> Adapter:
     further = [name for name in dict.fromkeys(names) if name not in saved]
     extras: dict[str, torch.Tensor] = {}
     for name in further:
-        found = {path: module for path, module in model.named_modules() if path.endswith(name)}  # as PEFT finds them
-        if not found:
-            raise ValueError(f"adapter.modules_to_save: the model has no module {name!r}")
-        for path, module in found.items():
+        for path, module in saved_whole(model, name, _SAVED).items():
             if any(one == path or one.startswith((f"{path}.", f"{path}[")) for one in adapter.modules):
-                raise ValueError(f"adapter.modules_to_save: the adapter that is continued is on {path}")
+                raise ValueError(f"{_SAVED}: the adapter that is continued is on {path}")
             extras |= {f"{path}.{key}": value for key, value in module.state_dict().items()}
     if not further:
         return adapter
@@ -137,7 +139,7 @@ def whole(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     for name in names:
         found = [module for path, module in model.named_modules() if path == name or path.endswith("." + name)]
         if not found:
-            raise ValueError(f"adapter.modules_to_save: the model has no module {name!r}")
+            raise ValueError(f"{_SAVED}: the model has no module {name!r}")
         for module in found:
             module.requires_grad_(True)
     before = {parameter: parameter.detach().clone() for parameter in flags if parameter.requires_grad}

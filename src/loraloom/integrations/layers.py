@@ -31,6 +31,18 @@ def own_path(path: str, wrappers: Sequence[str] = WRAPPERS) -> str:
     return ".".join(part for part in path.split(".") if part not in wrappers)
 
 
+def saved_whole(model: nn.Module, name: str, where: str = "modules_to_save") -> dict[str, nn.Module]:
+    """The modules that PEFT takes for a name of ``modules_to_save``, by path; PEFT is silent where there are none.
+
+    Raises:
+        ValueError: there are none; it begins with ``where``.
+    """
+    found = {path: one for path, one in model.named_modules(remove_duplicate=False) if path.endswith(name)}
+    if not found:
+        raise ValueError(f"{where}: the model has no module {name!r}")
+    return found
+
+
 def parts_of(model: nn.Module) -> list[nn.Module]:
     """``model.modules()`` in its order, several times faster: that one nests a generator for every level."""
     found: dict[nn.Module, None] = {}

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraloom.adapter import UnsupportedKind
+from loraloom.integrations.layers import saved_whole
 from loraloom.integrations.routing import Router, current, hook, is_seq2seq
 from loraloom.registry import UnknownName
 from loraloom.strategies.modality import MokA
@@ -156,6 +157,8 @@ def wrap(plan: MokA, model: nn.Module, target_modules: str | Sequence[str] = "al
             raise ValueError(f"{name} is told by the plan (MokA(rank=, alpha=, dropout=)), not by an option")
         if name not in {one.name for one in fields(LoraConfig)}:
             raise UnknownName("option", name, [*_FREE])
+    for name in options.get("modules_to_save") or ():
+        saved_whole(model, name)
     config = MokAConfig(
         r=plan.width,
         lora_alpha=plan.alpha,  # type: ignore[arg-type]

@@ -205,7 +205,8 @@ class MokA:
             options: further fields of PEFT's LoraConfig, such as ``modules_to_save=["multi_modal_projector"]``.
 
         Raises:
-            ValueError: a layer is outside of the language model, or the model's tokens cannot be told apart.
+            ValueError: a layer is outside of the language model, a module to save is not there, or the model's tokens
+                cannot be told apart.
         """
         return edge("modality").wrap(self, model, target_modules, **options)
 
