@@ -272,6 +272,32 @@ def test_lori_with_a_density_trains_that_share(folders: dict[str, str]) -> None:
     assert sparse.memory.optimizer == pytest.approx(dense.memory.optimizer / 10, rel=0.01)
 
 
+def test_protected_entries_are_not_trained(folders: dict[str, str], tmp_path: Path) -> None:
+    dense = recipe_of(folders["llama"], lori={})
+    model, _ = shapes.bare(dense.model)
+    with trainees.trainee(model, dense) as live:
+        sizes = {
+            path: held.lora_B["default"].weight.shape
+            for path, held in live.get_base_model().named_modules()
+            if hasattr(held, "lora_B")
+        }
+    drawn = torch.Generator().manual_seed(0)
+    first, second = (
+        ll.calibrate({n: torch.rand(size, generator=drawn) for n, size in sizes.items()}, density=density)
+        for density in (0.3, 0.2)
+    )
+    files = [str(save_mask(mask, tmp_path / f"{i}.safetensors")) for i, mask in enumerate((first, second))]
+
+    def trained(lori: dict[str, Any]) -> int:
+        return ll.plan(recipe_of(folders["llama"], lori=lori, protect=[files[1]])).parameters.trainable
+
+    entries = first.entries
+    assert trained({}) == entries - second.kept
+    assert trained({"mask": files[0]}) == (first - second).kept < first.kept
+    assert trained({"calibrate": {"density": 0.3, "exclude": [files[1]]}}) == round(0.3 * entries)
+    assert trained({"calibrate": {"density": 0.3}}) == pytest.approx(0.3 * 0.8 * entries, abs=1)
+
+
 @pytest.mark.parametrize("given", ["calibrate", "mask"])
 @pytest.mark.parametrize("more", [{}, {"kind": "dora"}, {"modules_to_save": ["lm_head"]}])
 def test_a_mask_of_lori_thins_out_b_alone(folders: dict[str, str], tmp_path: Path, more: dict, given: str) -> None:

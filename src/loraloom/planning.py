@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loraloom.masks import load_mask
-from loraloom.recipe import Recipe
+from loraloom.masks import load_mask, support, union
+from loraloom.recipe import CalibrateRecipe, LoRIRecipe, Recipe
 from loraloom.registry import UnknownName, edge
 from loraloom.store import load
 from loraloom.strategies.dropout import ProgressiveDropout
@@ -232,16 +233,30 @@ def _kind(recipe: Recipe) -> str:
 
 def _trained(recipe: Recipe, trace: Any) -> _Trained:
     chosen = recipe.lori
-    if chosen is None or (chosen.mask is None and chosen.calibrate is None):
+    if chosen is None or (chosen.mask is None and chosen.calibrate is None and not recipe.protect):
         return _Trained(trace.trainable)
     model, _ = edge("shapes").bare(recipe.model)
     with edge("trainees").trainee(model, recipe) as made:
         own = {name: one.numel() for name, one in made.named_parameters() if one.requires_grad and "lora_" in name}
     entries = sum(size for name, size in own.items() if {"lora_B", "lora_embedding_B"} & {*name.split(".")})
-    density = 1.0 if chosen.calibrate is None else chosen.calibrate.density
-    kept = round(density * entries) if chosen.mask is None else load_mask(chosen.mask).kept
+    kept = _kept(chosen, recipe.protect, entries)
     gone = entries - kept
     return _Trained(trace.trainable - gone, entries, kept, 1 - gone / sum(own.values()))
+
+
+def _kept(chosen: LoRIRecipe, protect: Sequence[Path], entries: int) -> int:
+    """Entries of B that are trained; a mask that is still to be made is taken to meet protected ones by chance."""
+    how = chosen.calibrate or CalibrateRecipe(density=1.0)
+    spared, taken = (  # as a run reads them (calibration.protected)
+        union([support(load(path)) if path.is_dir() else load_mask(path) for path in paths])
+        for paths in (protect, how.exclude)
+    )
+    if chosen.mask is not None:
+        mask = load_mask(chosen.mask)
+        return (mask if spared is None else mask - spared).kept
+    free = entries - (0 if taken is None else taken.kept)
+    met = 0 if spared is None else (spared if taken is None else spared - taken).kept
+    return round(round(how.density * entries) * (1 - met / max(free, 1)))
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
