@@ -145,6 +145,26 @@ def test_patterns_are_of_parameters_as_peft_has_it(tmp_path, pattern, parameters
     assert all(torch.allclose(again[name], wanted[name], atol=1e-10) for name in wanted)
 
 
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj", UP], ["down_proj"]])
+def test_a_parameter_may_be_named_without_its_module(tmp_path, parameters):
+    for seed in (1, 2):
+        made(tmp_path / f"bare{seed}", seed, False, parameters=parameters)
+        full = [name if "." in name else f"experts.{name}" for name in parameters]
+        made(tmp_path / f"full{seed}", seed, False, parameters=full)
+    bare, full = ([load(tmp_path / f"{how}{seed}") for seed in (1, 2)] for how in ("bare", "full"))
+    for one, other in zip([*bare, merge(bare)], [*full, merge(full)], strict=True):
+        assert list(one.modules) == list(other.modules) and f"0.experts[1/{E}]" in one.modules
+        assert all(torch.equal(one.modules[n].delta(), other.modules[n].delta()) for n in one.modules)
+    save(merge(bare), tmp_path / "m")
+    save(prune(bare[0], keep="0"), tmp_path / "p")
+    wanted = [updates(reloaded(tmp_path / f"bare{seed}", False), False) for seed in (1, 2)]
+    merged, pruned = (updates(reloaded(tmp_path / name, False), False) for name in "mp")
+    for name in merged:
+        assert torch.allclose(merged[name], (wanted[0][name] + wanted[1][name]) / 2, atol=1e-10)
+        kept = wanted[0][name] if name.startswith("0.") else torch.zeros_like(pruned[name])
+        assert torch.allclose(pruned[name], kept, atol=1e-10)
+
+
 SMALLER = {
     "energy": lambda a, b: compress(a, energy=0.5),
     "directions": lambda a, b: prune(a, density=0.4, unit="rank"),

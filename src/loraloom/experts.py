@@ -12,7 +12,7 @@ A convolution of g groups has one A that sees all input, and a grouped B: the up
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from loraloom.adapter import Adapter, Factors, Shape, padded
 from loraloom.modalities import packed_modalities
+from loraloom.untrusted import expression
 
 _PART = re.compile(r"\[[^\[\]]+\]$")  # of several modules that are stored as one
 _EXPERT = re.compile(r"(?P<owner>.+)\[(?P<at>\d+)/(?P<of>\d+)\]")
@@ -53,6 +54,32 @@ def parameters_of(config: Mapping[str, Any], name: str) -> set[str]:
     path = re.sub(r"(\.base_layer)+$", "", name)
     named = [str(parameter).rpartition(".") for parameter in config.get("target_parameters") or ()]
     return {leaf for owner, _, leaf in named if path == owner or path.endswith("." + owner)}
+
+
+def with_owners(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The configuration with the modules of its ``target_parameters``: PEFT takes a bare name for that of any module.
+
+    Args:
+        config: the adapter's configuration.
+        names: of its modules; those that ``target_modules`` does not select are of parameters.
+
+    Example:
+        >>> told = {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]}
+        >>> with_owners(told, ["0.q_proj", "0.experts"])["target_parameters"]
+        ['experts.down_proj']
+    """
+    told = config.get("target_parameters")
+    if not isinstance(told, list | set) or all("." in str(parameter) for parameter in told):
+        return config
+    targets = config.get("target_modules") or []
+    owners = dict.fromkeys(re.sub(r"(\.base_layer)+$", "", name) for name in names)
+    if isinstance(targets, str):
+        selects = expression(rf"(?:{targets})\Z")
+    else:
+        selects = expression(rf"(.*\.)?({'|'.join(re.escape(str(one)) for one in targets)})\Z")
+    last = dict.fromkeys(name.rpartition(".")[2] for name in owners if not selects(name))
+    named = [[one] if "." in one else [f"{name}.{one}" for name in last] for one in map(str, told)]
+    return {**config, "target_parameters": list(dict.fromkeys(path for each in named for path in each))}
 
 
 def holds_experts(config: Mapping[str, Any], name: str) -> bool:
@@ -137,6 +164,11 @@ def unpacked(packed: Factors, at: int, experts: int) -> Factors:
         return Factors(B=b, A=a, scale=packed.scale, bias=bias, kernel=packed.kernel)
     b = packed.B.reshape(-1, rank, experts)[:, :, at].contiguous()
     return replace(packed, B=b, A=packed.A[at * rank : (at + 1) * rank].clone())
+
+
+def expert_part(stored: Factors, name: str) -> Factors:
+    """The factors of a module, one of several that are stored as one."""
+    return unpacked(stored, *place_of(name))
 
 
 def packed(parts: Sequence[Factors | None], rank: int) -> Factors:

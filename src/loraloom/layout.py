@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter import Adapter, AdapterMismatch, Factors, Modules, Shape, UnsupportedKind, is_finite
-from loraloom.experts import Grouped, as_stored, groups_of, owner_of, parameters_of, place_of, spread, unpacked
+from loraloom.experts import Grouped, as_stored, expert_part, groups_of, owner_of, parameters_of, spread, with_owners
 from loraloom.modalities import MOKA, Stacked, modality_part, plan_of, spread_modalities, stored_shape
 from loraloom.starts import moves_base
 from loraloom.stream import OnDemand
@@ -32,8 +32,7 @@ PREFIX = "base_model.model."
 # What a LoRA configuration may switch on that (B, A, scale) cannot say.
 _VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora"),
-    *("use_qalora", "velora_config"),
+    *("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
 )
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _PART = re.compile(
@@ -185,10 +184,11 @@ def settled(config: Mapping[str, Any], ranks: Mapping[str, int], *, bake: bool, 
         if not _is_hira(config):
             new.update(lora_alpha=usual, alpha_pattern=dict(new["rank_pattern"]), use_rslora=False)
     if retarget:
-        # PEFT takes a list entry as the end of a path too. A name without a dot would also match deeper modules,
-        # so such sets are given as one regular expression, which must match the whole path.
-        plain = [name for name in ranks if not parameters_of(config, name)]
-        new["target_modules"] = plain if all("." in name for name in plain) else "|".join(map(re.escape, plain))
+        # PEFT takes a list entry as the end of a path too; sets with a name without a dot are one expression of paths.
+        plain = dict.fromkeys(name for name in ranks if not parameters_of(config, name))
+        new["target_modules"] = [*plain] if all("." in name for name in plain) else "|".join(map(re.escape, plain))
+        left = dict.fromkeys(path for name in ranks if name not in plain for path in paths_of(config, name))
+        new |= {"target_parameters": [*left] or None} if "target_parameters" in config else {}
         new.update({key: None for key in _TARGETS[1:] if key in config})
     return new
 
@@ -282,6 +282,7 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
     parts, extras = _sorted_keys(config, source)
     if not parts:
         raise ValueError(f"{source.where}: holds no factors (lora_A, lora_B or hira_A, hira_B)")
+    config = with_owners(config, parts)
     stored = {name: _check_module(config, source, name, parts[name]) for name in sorted(parts, key=_natural)}
     paths = _path_of_each(config, {name: shape.rank for name, shape in stored.items()}, source.where)
     plan = plan_of(config, source.where)
@@ -296,8 +297,7 @@ def assembled(config: Any, source: Source, provenance: Mapping[str, Any]) -> Ada
     def read(name: str) -> Factors:
         if plan is not None:
             return modality_part(plan, recent(owner_of(name)), name)
-        at, of = place_of(name)
-        return unpacked(recent(owner_of(name)), at, of) if of > 1 else whole(name)
+        return whole(name) if name in parts else expert_part(recent(owner_of(name)), name)
 
     def whole(name: str) -> Factors:
         tensors = {part: source.checked(key) for part, key in parts[name].items()}
