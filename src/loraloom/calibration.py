@@ -80,7 +80,9 @@ def _calibrated(
         examples = bench.training[: how.examples]
         if how.by == "gradients":
             batches = [bench.collate(examples[at : at + 16]) for at in range(0, len(examples), 16)]
-            source: Any = edge("sparse").gradient_scores(model, batches, loss=bench.loss)
+            # without dropout, which nothing seeds here; sums, so that a last batch of few examples weighs no more
+            summed = None if bench.loss is None else lambda outputs, labels: bench.loss(outputs, labels, 1)
+            source: Any = edge("sparse").gradient_scores(model.eval(), batches, loss=summed)
         else:
             told = {"steps": how.steps, "learning_rate": how.learning_rate}
             fit(model, checkpoints, examples, {key: value for key, value in told.items() if value is not None})

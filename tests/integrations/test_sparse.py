@@ -8,19 +8,24 @@ import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import tiny_runs as tiny
 from loraloom.adapter import Adapter, UnsupportedKind
+from loraloom.calibration import plan_of
+from loraloom.integrations.adapting import training
 from loraloom.integrations.fit import FitOptions, fit
 from loraloom.integrations.peft import from_model
 from loraloom.integrations.sparse import SparseDict, gradient_scores, sparse_parameters
 from loraloom.masks import Mask, support
+from loraloom.recipe import parse
 from loraloom.strategies.progressive import CoTo
 from loraloom.strategies.sparse import LoRI, calibrate
 
@@ -476,6 +481,33 @@ def test_gradient_scores_take_batches_to_the_model() -> None:
     with pytest.raises(InterruptedError):
         gradient_scores(model, [batch])
     assert seen == ["meta"] * len(batch) and batch["input_ids"].device.type == "cpu"
+
+
+def test_a_calibration_by_gradients_is_that_of_all_examples_at_once_whatever_the_dropout(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(num_hidden_layers=2, **size)).eval().requires_grad_(False)
+    examples = [(torch.randint(32, (6,)), i % 3) for i in range(21)]
+
+    def collate(rows: list[Any]) -> dict[str, Tensor]:
+        return {"input_ids": torch.stack([ids for ids, _ in rows]), "labels": torch.tensor([of for _, of in rows])}
+
+    def loss(outputs: Any, labels: Tensor, count: Any = None) -> Tensor:
+        scores = outputs.last_hidden_state[:, 0, :3]
+        return nn.functional.cross_entropy(scores, labels, reduction="sum") / (count or len(labels))
+
+    def attached(dropout: float = 0.5) -> Any:
+        return training(base, rank=2, target_modules=["query", "value"], dropout=dropout)
+
+    told = {"calibrate": {"by": "gradients", "density": 0.3}}
+    recipe = parse({"model": "m", "task": "t", "output": "o", "lori": told})
+    bench = SimpleNamespace(task=SimpleNamespace(name="t"), training=examples, collate=collate, loss=loss)
+    torch.manual_seed(9)
+    found = plan_of(recipe, None, bench, attached, None, tmp_path).mask
+    with attached(dropout=0.0) as model:
+        LoRI(task="t").attach(model)
+        wanted = calibrate(gradient_scores(model, [collate(examples)], loss=loss), density=0.3)
+    assert found.kept == wanted.kept == (found & wanted).kept
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
