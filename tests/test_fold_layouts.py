@@ -211,6 +211,20 @@ def test_whole_tensors_of_one_adapter_replace_to_the_bit(tmp_path):
     torch.testing.assert_close(folded["h.0.fc.weight"], FC["h.0.fc.weight"] + 1.25)
 
 
+def test_whole_tensors_are_not_each_compared_with_all_the_others(tmp_path):
+    class Counted(dict):
+        def __getitem__(self, path: str) -> Tensor:
+            reads.append(path)
+            return super().__getitem__(path)
+
+    reads: list[str] = []
+    held = {f"norms.{i}.weight": torch.full((4,), float(i)) for i in range(40)}
+    base = single(tmp_path / "base", {**FC, **{path: held[path] - 1 for path in held}})
+    folded = Checkpoint(fold([replace(one(), extras=Counted(held))], base, tmp_path / "out"))
+    assert all(torch.equal(folded[path], held[path]) for path in held)
+    assert max(map(reads.count, held)) <= 4
+
+
 def test_whole_tensors_of_several_adapters(tmp_path):
     base = single(tmp_path / "base", FC)
     left, right = torch.randn(4), torch.randn(4)

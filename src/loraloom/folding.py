@@ -170,19 +170,21 @@ def _plan_extra(plan: dict[str, _Change], checkpoint: Checkpoint, source: _Sourc
     """Enter a whole tensor; one that the base has already (PEFT stores frozen embeddings too) changes nothing."""
     _, _, adapter, path = source
     held = adapter.extras[path]
-    twins = [
-        _key(checkpoint, other) for other in adapter.extras if other != path and _same(adapter.extras[other], held)
-    ]
+
+    def twins() -> list[str | None]:  # only where they count: all are read for it
+        others = (other for other in adapter.extras if other != path and _same(adapter.extras[other], held))
+        return [_key(checkpoint, other) for other in others]
+
     try:
         key = checkpoint.parameter(path)
     except AdapterMismatch:
         # The head of tied weights is not in the base. PEFT may store it all the same, equal to the embedding.
-        if any(twin is not None and checkpoint.tied(twin) for twin in twins):
+        if any(twin is not None and checkpoint.tied(twin) for twin in twins()):
             return
         raise
     if checkpoint.shape(key) == tuple(held.shape) and _same(checkpoint[key], held):
         return
-    if checkpoint.tied(key) and None not in twins:
+    if checkpoint.tied(key) and None not in twins():
         raise UnsupportedKind(_TIED.format(key=key, path=path))
     if average and (not held.is_floating_point() or checkpoint.shape(key) != tuple(held.shape)):
         raise AdapterMismatch(
