@@ -441,6 +441,17 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_scale_that_float16_does_not_hold_in_b_is_refused_before_anything_is_there(tmp_path: Path) -> None:
+    """The first module is written as it is; only the second one's scale has all scales multiplied in."""
+    half = {"dtype": torch.float16}
+    large = Factors(torch.full((3, 1), 200.0, **half), torch.ones(1, 4, **half), scale=512.0)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 512, "target_modules": ["q", "k"]}
+    adapter = Adapter(config, {"h.0.q": large, "h.0.k": replace(large, scale=3.0)})
+    with pytest.raises(ValueError, match=r"h\.0\.q\.lora_B\.weight times 512 is not finite as F16"):
+        save(adapter, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 SCALES = st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0])
 
 

@@ -129,13 +129,20 @@ class Writer:
             self._synced.append(self._syncing.submit(os.fdatasync, self._file.fileno()))
 
     def rescale(self, key: str, by: float) -> None:
-        """Multiply a tensor that is already written."""
+        """Multiply a tensor that is already written.
+
+        Raises:
+            ValueError: its type does not hold the result.
+        """
         entry = self._header[key]
         begin, end = entry["data_offsets"]
         start = 8 + self._room + begin
         held = torch.frombuffer(bytearray(os.pread(self._file.fileno(), end - begin, start)), dtype=torch.uint8)
+        result = held.view(_BY_NAME[entry["dtype"]]) * by
+        if not result.isfinite().all():
+            raise ValueError(f"{key} times {by:g} is not finite as {entry['dtype']}")
         self._file.seek(start)
-        self._write(_bytes(held.view(_BY_NAME[entry["dtype"]]) * by))
+        self._write(_bytes(result))
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header and bring all to the disk."""
