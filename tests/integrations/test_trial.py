@@ -191,6 +191,32 @@ def test_a_model_whose_rows_are_not_by_themselves_takes_variants_one_by_one_and_
     assert score.work == (14, 24, 0) and score.ran == 14
 
 
+class Experts(nn.Module):
+    """A layer of two experts; the first number of a row says which of them it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor, places: torch.Tensor, about: dict) -> torch.Tensor:
+        made, second = hidden.clone(), hidden[:, 0, 0] > 0
+        for rows, expert in zip((~second, second), self.experts, strict=True):
+            if rows.any():
+                made[rows, :, 1:] += torch.tanh(expert(hidden[rows]))[..., 1:]
+        return made
+
+
+def test_a_layer_that_the_tried_examples_do_not_reach_has_no_block_and_every_pass_is_whole():
+    made, _ = tower(mixing=False)
+    made.model.layers = nn.ModuleList(Experts() for _ in range(3))
+    for at, example in enumerate(made.task.splits["test"]):
+        example.content[0, 0] = 255 if at < 2 or at % 2 else 0
+    adapter = adapter_on(made.model, ("experts.0", "experts.1"))
+    asked, score = variants(adapter, "module"), Scores(made)
+    assert score.many(asked) == [made.evaluate(one).value for one in asked]
+    assert score.why == "layers.0.experts.0 does not run for the examples that were tried"
+
+
 def test_in_sixteen_bits_variants_go_one_by_one():
     made, adapter = encoder()
     made.model.bfloat16()

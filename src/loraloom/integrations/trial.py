@@ -39,12 +39,13 @@ def tried(live: Any, parts: Mapping[str, tuple[str, ...]], run: Callable[[], Any
     seen = Seen(live, parts)
     with seen.watching():
         run()
-    depths = {path: seen.depths.get(path, len(seen.order)) for path in parts}
-    ordered = sorted(parts, key=depths.__getitem__)
-    depth = tuple(depths[path] for path in ordered)
+    ordered = sorted(parts, key=lambda path: seen.depths.get(path, -1))
+    depth = tuple(seen.depths.get(path, -1) for path in ordered)
     forms = tuple(seen.forms.get(at, 0) for at in seen.order)
     shape = Shape({path: parts[path] for path in ordered}, depth, tuple(seen.order), forms, seen.why)
     shape = replace(shape, rows=seen.rows, states=seen.states, fixed=frozenset(seen.fixed))
+    if idle := [path for path in parts if path not in seen.depths]:
+        shape = replace(shape, why=shape.why or f"{idle[0]} does not run for the examples that were tried")
     if shape.why:
         return shape
     wrong = _wrong(Trunk(live, shape, gates, memory=sys.maxsize), run)
