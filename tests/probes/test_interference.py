@@ -348,6 +348,16 @@ def test_the_geometry_of_equal_adapters():
     assert found.to_json()["cosine"][0] == pytest.approx([1.0, 1.0, 1.0])
 
 
+def test_the_geometry_of_an_update_that_cancels_in_its_factors():
+    draw = torch.Generator().manual_seed(0)
+    b, a, turn = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((37, 4), (4, 53), (4, 4)))
+    turn = torch.linalg.qr(turn).Q
+    nothing = Factors(B=torch.cat([b, -b @ turn], dim=1), A=torch.cat([a, turn.T @ a]))
+    for scale in range(1, 20):  # what rounding leaves is of either sign
+        found = ll.geometry(one_module(Factors(B=b, A=a), nothing.scaled(scale)))
+        assert 0 <= found.norms[1] < 1e-4 and found.distance[0][1] == pytest.approx(found.norms[0])
+
+
 def rank_one(column: list[float], row: list[float], scale: float = 1.0) -> Factors:
     return Factors(B=torch.tensor(column)[:, None], A=torch.tensor(row)[None], scale=scale)
 

@@ -90,7 +90,7 @@ def geometry(
     gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         gram += _gram(name, adapters)
-    energy = gram.diagonal()
+    energy = gram.diagonal().clamp(min=0)  # of factors that cancel, a sum of either sign is left
     sizes = energy[:, None].sqrt() * energy.sqrt()
     cosine = torch.where(sizes > 0, gram / sizes, 0.0).clamp(-1, 1)
     cosine.diagonal().copy_((energy > 0).double())
