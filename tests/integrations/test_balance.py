@@ -150,6 +150,15 @@ def test_a_plain_loop_needs_one_call_a_measurement() -> None:
     )
 
 
+def test_weights_of_64_bits_are_measured_as_they_are() -> None:
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)).double(), LoraConfig(target_modules=["0"], r=1))
+    meter = BalanceMeter(model)
+    with torch.no_grad():
+        model.get_submodule("base_model.model.0.lora_B.default").weight.fill_(2.0)
+    meter.note(1)
+    assert meter.result.distance == ((pytest.approx(8**0.5),),)
+
+
 def factors_of(kind: str) -> Any:
     options: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "r": 3}
     if kind == "hira":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ class BalanceMeter:
     def _norms_of(self, tensors: list[list[Any]]) -> list[Tensor | None]:
         """The norm of each list as one vector, all of them in one go; None where a list has no tensor."""
         flat = [t for some in tensors for t in some if t is not None]
-        norms = iter(torch._foreach_norm(flat, dtype=torch.float32) if flat else ())
+        kind = reduce(torch.promote_types, (t.dtype for t in flat), torch.float32)
+        norms = iter(torch._foreach_norm(flat, dtype=kind) if flat else ())
         found: list[Tensor | None] = []
         for some in tensors:
             own = [next(norms) for t in some if t is not None]
