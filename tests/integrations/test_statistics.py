@@ -138,6 +138,18 @@ def test_rows_that_are_no_tokens_all_count():
     assert sums.rows == {"pooled": 6}
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Embedding(5, 2)])
+def test_tokens_that_a_layer_sees_flat_count_without_padding_too(layer):
+    """As a shared expert of a mixture sees them."""
+    flat, seen = _Sums(), _Sums()
+    flat.mask = seen.mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    x = torch.arange(12).reshape(3, 4) % 5 if isinstance(layer, nn.Embedding) else torch.randn(3, 4, 4)
+    flat.see("expert", layer, (x.flatten(0, 1),), {})
+    seen.see("expert", layer, (x,), {})
+    torch.testing.assert_close(flat.sums, seen.sums)
+    assert flat.rows == seen.rows == {"expert": 8}
+
+
 def test_a_module_that_the_task_does_not_reach():
     made = causal()
     made.model.add_module("unused", nn.Linear(4, 3))
@@ -247,6 +259,21 @@ def test_fisher_of_the_weight_is_the_mean_squared_derivative(labels):
         ratios.append(float(found[name][at]) / (total / 3))
         assert found[name].shape == weight.T.shape
     torch.testing.assert_close(torch.tensor(ratios), torch.full((len(ratios),), ratios[0]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_fisher_of_the_weights_of_a_model_in_16_bits_is_summed_in_32(kind):
+    """Squares of small gradients are 0 in float16, and a sum in bfloat16 stands still after some hundred examples."""
+    found = []
+    for dtype in (torch.float32, kind):
+        made = causal()
+        adapter = adapter_on(made.model, [Q, UP])
+        made.model.to(dtype)
+        found.append(measure(adapter, made, kind="fisher", space="delta", labels="given", limit=6))
+    whole, half = found
+    for name in (Q, UP):
+        assert half[name].dtype == torch.float32
+        assert (half[name] - whole[name]).norm() < 0.05 * whole[name].norm()
 
 
 def test_fisher_of_an_encoder_is_that_of_its_training_loss():

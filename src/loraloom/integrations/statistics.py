@@ -137,13 +137,13 @@ class _Sums:
         x = arguments[0] if arguments else next(iter(named.values()))
         layer = getattr(module, "base_layer", module)
         places = x.shape if isinstance(layer, nn.Embedding) else x.shape[:-1]
-        if self.mask is not None and places == self.mask.shape:
-            x = x[self.mask.bool()]
+        if self.mask is not None and places in (self.mask.shape, (self.mask.numel(),)):  # a shared expert's are flat
+            x = x[self.mask.bool().reshape(places)]
         if isinstance(layer, nn.Embedding):
             added, count = torch.bincount(x.flatten(), minlength=layer.num_embeddings).float(), x.numel()
         else:
             rows = _rows(x, layer)
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows = _wide(rows)
             added, count = rows.T @ rows, len(rows)
         self.sums[name] = self.sums[name].add_(added) if name in self.sums else added
         self.rows[name] = self.rows.get(name, 0) + count
@@ -225,7 +225,7 @@ def _log_likelihoods(made: Bench, model: nn.Module, example: Example) -> Tensor:
     batch = {key: value.to(_device(model)) for key, value in rows.items()}
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1]
-    token = -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).mT, labels, reduction="none")
+    token = -F.cross_entropy(_wide(logits).mT, labels, reduction="none")
     return (token.sum(1) / (labels >= 0).sum(1)).log_softmax(-1)
 
 
@@ -272,7 +272,7 @@ def _of_weights(model: nn.Module, adapter: Adapter, names: Sequence[str]) -> Gra
         for name, made in calls.items():
             if not made:
                 raise ValueError(f"{name}: the task does not reach this module")
-            yield name, torch.stack([next(found).flatten(0, -2).T @ x for x, _ in made]).sum(dim=0)
+            yield name, torch.stack([_wide(next(found)).flatten(0, -2).T @ _wide(x) for x, _ in made]).sum(dim=0)
             if not again:
                 made.clear()
 
@@ -289,6 +289,11 @@ def _found(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         if name not in live:
             raise UnknownName("module", name, [path for path in live if path])
     return {name: live[name] for name in names}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In at least 32 bits: squares of small gradients vanish in 16, and sums of many stand still."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _device(model: nn.Module) -> torch.device:
