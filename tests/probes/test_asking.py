@@ -19,7 +19,7 @@ from torch import nn
 import loraloom as ll
 from loraloom.adapter import Adapter, Factors
 from loraloom.integrations.scoring import Bench, Evaluation, bench
-from loraloom.probing import shapley_report, stability_report
+from loraloom.probing import forgetting_report, shapley_report, stability_report
 from loraloom.probing.asking import asked, kept
 from loraloom.probing.journal import Journal
 from loraloom.tasks import Example, Task
@@ -235,6 +235,14 @@ def test_scores_are_remembered_over_several_questions(made, adapter, tmp_path, m
         assert score.work == (8, 8, 0)
         again = asked(adapter, made)
         assert again(adapter) == first[0] and count == [2]
+
+
+def test_a_task_that_comes_again_in_a_chain_is_one_more_column(made, adapter):
+    tasks = [made, replace(made.task, name="other"), made.task]
+    report = forgetting_report([adapter, replace(adapter, modules={}), adapter], tasks, limit=4)
+    matrix = report.panels[0]
+    assert matrix.x == ("1: noise", "2: other", "3: noise") and matrix.z[1] == matrix.z[3]
+    assert [len(row) for row in report.records[0]["scores"]] == [3, 3, 3]
 
 
 def test_the_page_says_what_sharing_saved_and_why_it_did_not(made, adapter):

@@ -20,6 +20,7 @@ from loraloom.adapter import Adapter
 from loraloom.contents import of_adapter, of_data, of_model
 from loraloom.probes.game import Work
 from loraloom.probing.journal import SUFFIX, Journal
+from loraloom.probing.naming import apart
 from loraloom.probing.progress import Progress
 from loraloom.registry import edge
 
@@ -234,9 +235,13 @@ def asked(adapter: Adapter, task: Any, model: str = "", split: str = "test", lim
 def asked_all(
     adapter: Adapter, tasks: Sequence[Any], model: str = "", split: str = "test", limit: int | None = None
 ) -> dict[str, Asked]:
-    """The scores of several tasks by their names, of one model that is loaded here; arguments as of :func:`asked`."""
+    """The scores of several tasks by their names, of one model that is loaded here; arguments as of :func:`asked`.
+
+    Tasks of one name get a number.
+    """
     bench_for = edge("statistics").bench_for
     first = bench_for(adapter, tasks[0], model)
     told = {"family": first.family, "processor": first.processor}
     benches = [first, *(bench_for(adapter, task, first.model, **told) for task in tasks[1:])]
-    return {made.task.name: Asked(adapter, made, split, limit) for made in benches}
+    names = apart([made.task.name for made in benches])
+    return {name: Asked(adapter, made, split, limit) for name, made in zip(names, benches, strict=True)}
