@@ -388,6 +388,7 @@ def never(_):
         ({"error": float("nan")}, "error must be a finite number above 0, got nan"),
         ({"by": "permutations", "truncate": -0.1}, "truncate must be a finite number at least 0, got -0.1"),
         ({"truncate": 0.1}, "truncate goes with by='permutations', not 'auto'"),
+        ({"merge": "ties"}, "a way to merge goes with several adapters; here is one, and merge='ties'"),
         ({"unit": "layers"}, "did you mean 'layer'"),
         ({"unit": "adapter"}, "unit of one adapter 'adapter' is not known"),
         ({"by": "exact"}, "by='exact' scores 2\\^n coalitions, at most 12 units; here are 13"),

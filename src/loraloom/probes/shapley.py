@@ -238,6 +238,8 @@ def _check(samples: int, seed: int, by: str, error: float | None, truncate: floa
 
 def _game(a: Adapter | Sequence[Adapter] | Mapping[str, Adapter], score: Score, unit: str, merge: str | Merge) -> Game:
     if isinstance(a, Adapter):
+        if merge != "linear":
+            raise ValueError(f"a way to merge goes with several adapters; here is one, and merge={merge!r}")
         check_extras(a, unit)
         return game_of_units(a, score, unit)
     if unit != "adapter":
