@@ -195,8 +195,9 @@ def _columns(
     stem = f"{PREFIX}{name}."
     kinds = ("lora_B.default.weight", "lora_embedding_B.default", "hira_B.default", "hira_embedding_B.default")
     key = next((stem + kind for kind in kinds if stem + kind in parameters), None)
-    if key is None or parameters[key].shape[1] != len(owners):
+    if key is None or (more := parameters[key].shape[1] - len(owners)) < 0:
         raise UnsupportedKind(f"{name}: its updates do not lie side by side on the model")
+    owners = torch.cat([owners, owners.new_zeros(more)])  # HiRA has one rank; columns of nobody are 0
     found = {key: (parameters[key].detach(), owners)}
     bias = f"{stem}lora_B.default.bias"
     if bias in parameters:
