@@ -71,6 +71,13 @@ def test_json_two_adapters_of_one_name_and_no_entries(place):
     assert "sign" not in report.summary
 
 
+@pytest.mark.parametrize("words", [("--model", "x"), ("--split", "validation"), ("--limit", "3")])
+def test_what_goes_with_a_task_is_refused_without_one(place, words):
+    done = run("interference", "a", "b", "-o", "i.json", *words)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1) and "give --task" in done.stderr
+    assert not (place / "i.json").exists()
+
+
 def test_masks_are_those_in_the_folders(place):
     masks = {}
     for name, share in (("a", 0.5), ("b", 0.25)):

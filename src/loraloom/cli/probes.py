@@ -241,6 +241,8 @@ def interference(
     from loraloom.probing import interference_report
     from loraloom.recipe import read_task
 
+    if not task and ask.scored != Ask(ask.out).scored:
+        raise ValueError("--model, --split and --limit say how --task is scored; give --task too")
     masks = [ll.load_mask(path) if (path / MASK).is_file() else None for path in adapters]
     opened, names = [ll.load(path) for path in adapters], [path.name for path in adapters]
     options: dict[str, Any] = {"entries": entries, "masks": masks, "same_base": not allow_different_bases}
