@@ -369,7 +369,7 @@ def test_gaps_over_tasks_have_both_intervals(tmp_path: Path, recipe_content: dic
     assert rows["CoTo"][2:] == tuple(round(end, 4) for ends in wanted for end in ends)
     half = (wanted[0][1] - wanted[0][0]) / 2
     assert panels["Arm by arm"].columns == ("measurement", "LoRA", "CoTo")
-    assert panels["Arm by arm"].rows == (("alone", "0.500", f"0.750 (+0.250 ± {half:.3f})"),)
+    assert panels["Arm by arm"].rows == (("alone", "0.500", f"0.750 (+0.250\u00a0±\u00a0{half:.3f})"),)
 
 
 def test_a_gap_beyond_its_interval_is_marked() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loraloom.folders import whole_file
 from loraloom.report.drawing import Drawing, fitted, width
-from loraloom.report.labels import LEGEND, shortened
+from loraloom.report.labels import LEGEND, ROW, shortened
 from loraloom.report.look import DASHES, LIGHT, MARKED, SYMBOLS, colour, contrast, sign, span, ticks
 from loraloom.report.panels import Bars, Curve, Heatmap, Panel, Series, Table, numbers
 
@@ -280,7 +280,7 @@ def _whisker(sheet: Drawing, x: float, low: float, high: float, half: float) -> 
 def _heatmap(panel: Heatmap) -> Drawing:
     columns, rows = len(panel.x), len(panel.y)
     each = 16.0 if rows > 24 else max(24.0, 72.0 / max(1, rows))
-    x_texts, y_texts = (shortened(numbers(names)) for names in (panel.x, panel.y))
+    x_texts, y_texts = shortened(numbers(panel.x)), shortened(numbers(panel.y), ROW)
     left = 44.0 + max((width(text, TEXT) for text in y_texts), default=0.0)
     known = [z for row in panel.z for z in row if z is not None]
     low, high, both = span(known)
@@ -291,7 +291,7 @@ def _heatmap(panel: Heatmap) -> Drawing:
     sheet = Drawing(WIDE, round(24 + each * rows + below), PAPER, f"{panel.title}: {panel.y_label} by {panel.x_label}")
     right, bottom = left + wide * columns, 16 + each * rows
     scale = LIGHT["diverging" if both else "scale"]
-    few = columns <= 12 and columns * rows <= 150 and wide >= 34
+    few = columns <= 12 and columns * rows <= 300 and wide >= 34
     shown = dict(
         zip(
             [(i, j) for i, row in enumerate(panel.z) for j, z in enumerate(row) if z is not None],

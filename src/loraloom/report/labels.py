@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-AXIS, LEGEND = 18, 36  # letters of a name on an axis, in a legend
+AXIS, ROW, LEGEND = 18, 28, 36  # letters of a name on an axis, of a heat map's row, in a legend
 
 
 def shortened(names: Sequence[object], most: int = AXIS) -> list[str]:

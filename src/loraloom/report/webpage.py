@@ -9,7 +9,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from loraloom.report.grid import flat, grid, spelled
-from loraloom.report.labels import LEGEND, shortened
+from loraloom.report.labels import LEGEND, ROW, shortened
 from loraloom.report.look import LOOK
 from loraloom.report.panels import JSON, Bars, Cell, Curve, Heatmap, Panel, Table, number, to_json
 from loraloom.report.words import words_of
@@ -51,7 +51,7 @@ def _drawn(panel: Panel) -> dict[str, JSON]:
     """A panel as page.js draws it: with the short forms of its names."""
     short: dict[str, list[str]] = {}
     if isinstance(panel, Heatmap):
-        short = {"x": shortened(panel.x), "y": shortened(panel.y)}
+        short = {"x": shortened(panel.x), "y": shortened(panel.y, ROW)}
     elif isinstance(panel, Bars | Curve):
         short = {"series": shortened([one.name for one in panel.series], LEGEND)}
         short |= {"x": shortened(panel.categories)} if isinstance(panel, Bars) else {}

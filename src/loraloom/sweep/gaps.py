@@ -17,6 +17,7 @@ OVER_SEEDS = (
     "are equal)"
 )
 MOST_BARS = 4  # beside each other; of more arms a heat map is drawn
+NO_BREAK = "\u00a0"  # a space at which no line ends
 Axes = tuple[str, ...]
 Interval = tuple[float | None, ...]  # the middle and its ends, if it has any
 
@@ -35,7 +36,8 @@ class Gap:
         if low is None or high is None:
             return f"{self.mean:.3f} ({gap:+.3f})"
         mark = " ▲" if low > 0 else " ▼" if high < 0 else ""
-        return f"{self.mean:.3f} ({gap:+.3f} ± {(high - low) / 2:.3f}){mark}"
+        around = f"({gap:+.3f} ± {(high - low) / 2:.3f}){mark}"
+        return f"{self.mean:.3f} {around.replace(' ', NO_BREAK)}"
 
 
 Gaps = Mapping[tuple[str, str], Gap]  # by measurement and arm
