@@ -110,7 +110,7 @@ def test_a_choice_that_a_row_has_not(tmp_path: Path) -> None:
     one_line("label 'B' is not among yes", read(choices="choices"), tmp_path)
     for choices in ({"text": None}, {"text": ["yes"], "label": 3}, "yes", None):
         task = HubTask("here", choices="choices")
-        one_line("label 'B' is not among", _answer, task, {"label": "B", "choices": choices}, ())
+        one_line("label 'B' is not among", _answer, task, {"label": "B", "choices": choices}, (), False)
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n{"text": ')
     one_line("cannot be read: .*JSON", read(choices="choices"), tmp_path)
 

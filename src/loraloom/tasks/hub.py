@@ -265,7 +265,7 @@ def _answer(
 def _options(told: Any) -> tuple[list[str], list[Any]]:
     """The names of a record's choices, if they have any, and the choices; what is no list has none."""
     names, options = (told.get("label"), told.get("text")) if isinstance(told, dict) else (None, told)
-    return [str(one) for one in names or ()], options if isinstance(options, list) else []
+    return [str(one) for one in names] if isinstance(names, list) else [], options if isinstance(options, list) else []
 
 
 def _bound_by_content_too(rows: Sequence[Row], contents: Sequence[str]) -> list[Row]:
