@@ -291,7 +291,7 @@ def _heatmap(panel: Heatmap) -> Drawing:
     sheet = Drawing(WIDE, round(24 + each * rows + below), PAPER, f"{panel.title}: {panel.y_label} by {panel.x_label}")
     right, bottom = left + wide * columns, 16 + each * rows
     scale = LIGHT["diverging" if both else "scale"]
-    few = columns <= 12 and columns * rows <= 250 and wide >= 34
+    few = columns <= 12 and rows <= 24 and columns * rows <= 250 and wide >= 34
     shown = dict(
         zip(
             [(i, j) for i, row in enumerate(panel.z) for j, z in enumerate(row) if z is not None],

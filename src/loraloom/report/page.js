@@ -109,7 +109,7 @@
     const scale = both ? theme.diverging : theme.scale, [from, to] = both ? [-most, most] : [low, high];
     const longest = (names) => Math.max(...names.map((name) => name.length));
     const room = (wide - 90 - 7 * longest(panel.short.y)) / panel.x.length; // of a cell, px
-    const few = room >= 36 && panel.x.length * panel.y.length <= 250;
+    const few = room >= 36 && panel.y.length <= 24 && panel.x.length * panel.y.length <= 250;
     const nothing = { text: "no values", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
     return {
       rows: panel.y.length,
